@@ -1,0 +1,1 @@
+"""Inference: the network, a latent cache, and the loop that continues prompts."""

@@ -1,0 +1,1 @@
+"""The network, and nothing but the network."""

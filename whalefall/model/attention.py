@@ -1,0 +1,148 @@
+"""Multi-head latent attention (paper 2.1.1, equations 1 to 11).
+
+Keys and values of all heads are expanded from one latent a token, and only that latent and one
+shared rotary key are cached. Two forms compute the same thing:
+
+- expanded: keys and values are made from the latents and attended to as usual. Training and
+  long prefills, where the expansion is shared by many queries.
+- absorbed: W_uk is folded into the query and W_uv into the output, so the heads attend over the
+  latents themselves. Decoding, where reading the cache is the cost.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Complex, Float
+from torch import Tensor, nn
+
+from whalefall.config.model import ModelConfig
+from whalefall.model.cache import LatentCache
+from whalefall.model.norm import RMSNorm
+from whalefall.ops.attention import attention
+from whalefall.ops.rope import rotate, yarn_mscale
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a forward pass knows of its tokens besides their content."""
+
+    rotation: Complex[Tensor, "#batch seq half"]
+    """Rotary turn of each position."""
+    mask: Bool[Tensor, "batch seq keys"] | None = None
+    """Which keys a query sees; None is causal without a cache, everything with one."""
+    cache: LatentCache | None = None
+
+
+class LatentAttention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+        query_dim = heads * config.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, query_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            # The published code norms both latents with 1e-6, whatever rms_norm_eps says.
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.latent_dim, bias=bias)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank)
+        expanded_dim = heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded_dim, bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=bias)
+
+        self.scale = config.qk_head_dim**-0.5
+        if (yarn := config.rope_scaling) is not None and yarn.mscale_all_dim:
+            self.scale *= yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
+
+    def forward(
+        self, x: Float[Tensor, "batch seq hidden"], context: Context
+    ) -> Float[Tensor, "batch seq hidden"]:
+        q_nope, q_rope = self.query(x, context.rotation)
+        latent = self.latent(x, context.rotation)
+        mask = None if context.mask is None else context.mask.unsqueeze(1)
+        if context.cache is not None:
+            latent = context.cache.append(self.layer, latent)
+            if mask is not None or latent.shape[1] > x.shape[1]:
+                return self._attend_cached(q_nope, q_rope, latent, mask)
+        return self.expanded(q_nope, q_rope, latent, mask)
+
+    def query(
+        self, x: Float[Tensor, "batch seq hidden"], rotation: Complex[Tensor, "#batch seq half"]
+    ) -> tuple[Float[Tensor, "batch seq heads nope"], Float[Tensor, "batch seq heads rope"]]:
+        """The queries' part without position, and their rotated part."""
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.unflatten(-1, (self.config.num_attention_heads, -1))
+        nope, rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
+        return nope, rotate(rope, rotation.unsqueeze(-2))
+
+    def latent(
+        self, x: Float[Tensor, "batch seq hidden"], rotation: Complex[Tensor, "#batch seq half"]
+    ) -> Float[Tensor, "batch seq latent"]:
+        """What is cached: the normed latent, then the rotated key that all heads share."""
+        config = self.config
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split(
+            [config.kv_lora_rank, config.qk_rope_head_dim], -1
+        )
+        return torch.cat([self.kv_a_layernorm(latent), rotate(k_rope, rotation)], -1)
+
+    def expanded(
+        self,
+        q_nope: Float[Tensor, "batch seq heads nope"],
+        q_rope: Float[Tensor, "batch seq heads rope"],
+        latent: Float[Tensor, "batch keys latent"],
+        mask: Bool[Tensor, "batch 1 seq keys"] | None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        config = self.config
+        compressed, k_rope = latent.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+        kv = self.kv_b_proj(compressed).unflatten(-1, (config.num_attention_heads, -1))
+        k_nope, v = kv.split([config.qk_nope_head_dim, config.v_head_dim], -1)
+        shared = k_rope.unsqueeze(-2).expand(-1, -1, config.num_attention_heads, -1)
+        q = torch.cat([q_nope, q_rope], -1)
+        k = torch.cat([k_nope, shared], -1)
+        out = attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=self.scale, mask=mask
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+    def absorbed(
+        self,
+        q_nope: Float[Tensor, "batch seq heads nope"],
+        q_rope: Float[Tensor, "batch seq heads rope"],
+        latent: Float[Tensor, "batch keys latent"],
+        mask: Bool[Tensor, "batch 1 seq keys"] | None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        config = self.config
+        batch, seq, heads, _ = q_nope.shape
+        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (heads, -1)).split(
+            [config.qk_nope_head_dim, config.v_head_dim], 1
+        )
+        # Heads first, so that folding the weights is one batched GEMM: [heads, batch*seq, nope].
+        by_head = q_nope.flatten(0, 1).transpose(0, 1)
+        folded = torch.bmm(by_head, w_uk).unflatten(1, (batch, seq)).permute(1, 2, 0, 3)
+        q = torch.cat([folded, q_rope], -1).flatten(1, 2)
+        scores = torch.bmm(q, latent.transpose(1, 2)).mul_(self.scale)
+        if mask is not None:
+            hidden_keys = ~mask.transpose(1, 2).expand(-1, -1, heads, -1).flatten(1, 2)
+            scores = scores.masked_fill_(hidden_keys, float("-inf"))
+        probabilities = scores.softmax(-1, dtype=torch.float32).to(latent.dtype)
+        mixed = torch.bmm(probabilities, latent[..., : config.kv_lora_rank])
+        by_head = mixed.unflatten(1, (seq, heads)).permute(2, 0, 1, 3).flatten(1, 2)
+        out = torch.bmm(by_head, w_uv.transpose(1, 2)).unflatten(1, (batch, seq))
+        return self.o_proj(out.permute(1, 2, 0, 3).flatten(-2))
+
+    def _attend_cached(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Whichever form multiplies less: expansion costs once a key, absorption once a query."""
+        config = self.config
+        wider = 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim
+        expansion = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
+        if q_nope.shape[1] * wider <= expansion:
+            return self.absorbed(q_nope, q_rope, latent, mask)
+        return self.expanded(q_nope, q_rope, latent, mask)

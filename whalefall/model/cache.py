@@ -1,0 +1,86 @@
+"""The latent cache: the 576 numbers a token and layer that decoding reads (paper 2.1.1)."""
+
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from whalefall.config.model import ModelConfig
+from whalefall.errors import UserError
+
+
+def bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Cache bytes a token takes over all layers: 70,272 for V3 in BF16 (arXiv 2505.09343 table 1)."""
+    return config.num_hidden_layers * config.latent_dim * dtype.itemsize
+
+
+def multi_head_bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> int:
+    """What plain multi-head attention with the same heads would cache: every key and value."""
+    width = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+    return config.num_hidden_layers * width * dtype.itemsize
+
+
+class LatentCache:
+    """Room for ``capacity`` tokens of each of ``batch`` sequences, of unequal lengths.
+
+    A forward pass of q new tokens asks for ``positions(q)`` and ``mask(q)``, each layer
+    ``append``s its latents and reads all of them, and ``advance(q)`` closes the step.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        shape = (config.num_hidden_layers, batch, capacity, config.latent_dim)
+        self.latents = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = [0] * batch
+
+    @property
+    def capacity(self) -> int:
+        return self.latents.shape[2]
+
+    def row(self, index: int) -> Self:
+        """The cache of one sequence, sharing its memory; its length is its own."""
+        view = object.__new__(type(self))
+        view.latents = self.latents[:, index : index + 1]
+        view.lengths = [self.lengths[index]]
+        return view
+
+    def positions(self, new: int) -> Int[Tensor, "batch new"]:
+        """Positions of the next ``new`` tokens. Raises UserError where they do not fit."""
+        if max(self.lengths) + new > self.capacity:
+            raise UserError(
+                f"{max(self.lengths)} cached and {new} new tokens exceed the cache's capacity "
+                f"of {self.capacity}"
+            )
+        starts = torch.tensor(self.lengths, device=self.latents.device)
+        return starts.unsqueeze(1) + torch.arange(new, device=self.latents.device)
+
+    def mask(self, positions: Int[Tensor, "batch new"]) -> Bool[Tensor, "batch new keys"] | None:
+        """Which cached tokens each new one sees; None where it is all of them."""
+        new = positions.shape[1]
+        if new == 1 and min(self.lengths) == max(self.lengths):
+            return None
+        keys = torch.arange(max(self.lengths) + new, device=positions.device)
+        return keys <= positions.unsqueeze(-1)
+
+    def append(
+        self, layer: int, latent: Float[Tensor, "batch new latent"]
+    ) -> Float[Tensor, "batch keys latent"]:
+        """Store a layer's new latents and return all of the layer's, up to the longest row."""
+        store, new = self.latents[layer], latent.shape[1]
+        if min(self.lengths) == max(self.lengths):
+            store[:, self.lengths[0] : self.lengths[0] + new] = latent
+        else:
+            for row, length in enumerate(self.lengths):
+                store[row, length : length + new] = latent[row]
+        return store[:, : max(self.lengths) + new]
+
+    def advance(self, new: int) -> None:
+        self.lengths = [length + new for length in self.lengths]

@@ -1,0 +1,236 @@
+"""DeepSeek-V3: embedding, blocks, norm, head, and the MTP modules behind them.
+
+The attribute tree spells Hugging Face's parameter names (``model.layers.3.self_attn.o_proj``);
+only the routed experts are stacked, see ``model/checkpoint.py``.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from whalefall.config.model import ModelConfig
+from whalefall.model.attention import Context
+from whalefall.model.block import Block
+from whalefall.model.cache import LatentCache
+from whalefall.model.dispatch import Dispatcher, LocalDispatcher
+from whalefall.model.mtp import MTPModule
+from whalefall.model.norm import RMSNorm
+from whalefall.model.router import Router, Routing
+from whalefall.ops.rope import inverse_frequencies, rotations, yarn_frequencies, yarn_mscale
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """What the head reads: the main model's representation and each MTP depth's."""
+
+    main: Float[Tensor, "batch seq hidden"]
+    mtp: list[Float[Tensor, "batch _ hidden"]]
+    routings: list[Routing]
+    """One a layer with experts, the MTP modules' last."""
+
+
+@dataclass(frozen=True)
+class Output:
+    logits: Float[Tensor, "batch seq vocab"]
+    mtp_logits: list[Float[Tensor, "batch _ vocab"]]
+    """Depth k (from 1) at position i predicts token i+k+1; it has k positions fewer."""
+    expert_loads: Int[Tensor, "layers experts"]
+    """Tokens each expert received, per layer with experts, the MTP modules' last."""
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: ModelConfig, dispatcher: Dispatcher):
+        super().__init__()
+        main, depths = config.num_hidden_layers, config.num_nextn_predict_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        blocks = [Block(config, layer, dispatcher) for layer in range(main)]
+        modules = [MTPModule(config, main + depth, dispatcher) for depth in range(depths)]
+        self.layers = nn.ModuleList([*blocks, *modules])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """The whole network. ``Transformer.create`` makes one with initialised weights."""
+
+    def __init__(self, config: ModelConfig, dispatcher: Dispatcher | None = None):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config, dispatcher or LocalDispatcher())
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @classmethod
+    def empty(
+        cls,
+        config: ModelConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """The network with memory but without values; router biases are zero and stay FP32."""
+        with torch.device("meta"):
+            network = cls(config)
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(dtype)
+        network.to_empty(device=device)
+        for router in network.routers():
+            router.e_score_correction_bias.zero_()
+        return network
+
+    @classmethod
+    def create(
+        cls,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Normal(0, ``initializer_range``) for every matrix, one for every norm (paper 4.2)."""
+        network = cls.empty(config, device=device, dtype=dtype)
+        generator = torch.Generator(device).manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=config.initializer_range, generator=generator)
+                else:
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        return network
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [*self.model.layers[: self.config.num_hidden_layers]]  # type: ignore[list-item]
+
+    @property
+    def mtp_modules(self) -> list[MTPModule]:
+        return [*self.model.layers[self.config.num_hidden_layers :]]  # type: ignore[list-item]
+
+    def routers(self) -> list[Router]:
+        """Routers in the order of ``expert_loads``."""
+        return [module for module in self.modules() if isinstance(module, Router)]
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        *,
+        documents: Int[Tensor, "batch seq"] | None = None,
+    ) -> Output:
+        """Logits of every position, main and MTP, in FP32."""
+        states = self.hidden_states(tokens, documents=documents)
+        loads = [routing.loads for routing in states.routings]
+        empty = torch.zeros(0, self.config.n_routed_experts, dtype=torch.int64)
+        return Output(
+            self.head(states.main),
+            [self.head(hidden) for hidden in states.mtp],
+            torch.stack(loads) if loads else empty.to(tokens.device),
+        )
+
+    def hidden_states(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        *,
+        lookahead: int = 0,
+        documents: Int[Tensor, "batch length"] | None = None,
+        with_mtp: bool = True,
+    ) -> HiddenStates:
+        """Representations before the head.
+
+        The last ``lookahead`` tokens are only seen by MTP modules: with a lookahead of D, each of
+        D depths has as many positions as the main model. ``documents`` numbers the document of
+        each token and forbids attention between different ones.
+        """
+        seq = tokens.shape[1] - lookahead
+        embedded = self.model.embed_tokens(tokens)
+        context = self._context(seq, tokens.device, documents)
+        x, routings = embedded[:, :seq], []
+        for block in self.blocks:
+            x, routing = block(x, context)
+            routings.append(routing)
+        main = previous = self.model.norm(x)
+        mtp = []
+        for depth, module in enumerate(self.mtp_modules if with_mtp else [], start=1):
+            length = min(seq, tokens.shape[1] - depth)
+            if length < seq:
+                context = self._context(length, tokens.device, documents)
+            ahead = embedded[:, depth : depth + length]
+            previous, routing = module.predict(previous[:, :length], ahead, context)
+            mtp.append(previous)
+            routings.append(routing)
+        return HiddenStates(main, mtp, [routing for routing in routings if routing is not None])
+
+    def decode(
+        self, tokens: Int[Tensor, "batch new"], cache: LatentCache
+    ) -> Float[Tensor, "batch new hidden"]:
+        """Continue each row of ``cache`` by ``new`` tokens; representations before the head."""
+        positions = cache.positions(tokens.shape[1])
+        context = Context(self.rotation(positions), cache.mask(positions), cache)
+        x = self.model.embed_tokens(tokens)
+        for block in self.blocks:
+            x, _ = block(x, context)
+        cache.advance(tokens.shape[1])
+        return self.model.norm(x)
+
+    def head(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
+        return self.lm_head(hidden).float()
+
+    def rotation(self, positions: Int[Tensor, "*batch seq"]) -> Tensor:
+        """The rotary turns of these positions (complex, one a pair of dimensions)."""
+        config, scale = self.config, 1.0
+        frequencies = inverse_frequencies(config.qk_rope_head_dim, config.rope_theta)
+        if (yarn := config.rope_scaling) is not None:
+            frequencies = yarn_frequencies(
+                config.qk_rope_head_dim,
+                config.rope_theta,
+                factor=yarn.factor,
+                original_length=yarn.original_max_position_embeddings,
+                beta_fast=yarn.beta_fast,
+                beta_slow=yarn.beta_slow,
+            )
+            # 1 where mscale equals mscale_all_dim, as in V3: the softmax scale has it all.
+            scale = yarn_mscale(yarn.factor, yarn.mscale)
+            scale /= yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+        return rotations(positions, frequencies.to(positions.device), scale)
+
+    def _context(self, seq: int, device: torch.device, documents: Tensor | None) -> Context:
+        positions = torch.arange(seq, device=device).unsqueeze(0)
+        mask = None if documents is None else same_document_mask(documents[:, :seq])
+        return Context(self.rotation(positions), mask)
+
+
+def same_document_mask(documents: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq seq"]:
+    """Causal, and only within a document."""
+    seq = documents.shape[1]
+    same = documents.unsqueeze(2) == documents.unsqueeze(1)
+    return same & torch.ones(seq, seq, dtype=torch.bool, device=documents.device).tril()
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a network, counted on the network itself (no memory is allocated)."""
+
+    total: int
+    """Main model with embedding and head, without the MTP modules."""
+    active: int
+    """What one token meets: top_k of the routed experts, everything else."""
+    active_without_embedding: int
+    mtp: int
+    """The MTP modules' own, all experts counted; embedding and head are shared."""
+
+
+def parameter_counts(config: ModelConfig) -> ParameterCounts:
+    with torch.device("meta"):
+        network = Transformer(config)
+    mtp = sum(p.numel() for module in network.mtp_modules for p in module.parameters())
+    total = sum(p.numel() for p in network.parameters()) - mtp
+    routed = sum(
+        p.numel()
+        for block in network.blocks
+        for name, p in block.named_parameters()
+        if name.startswith("mlp.experts.")
+    )
+    idle = routed * (config.n_routed_experts - config.num_experts_per_tok)
+    active = total - idle // config.n_routed_experts
+    embedding = network.model.embed_tokens.weight.numel()
+    return ParameterCounts(total, active, active - embedding, mtp)

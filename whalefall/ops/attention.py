@@ -1,0 +1,109 @@
+"""Softmax attention with keys and values of unequal width, as MLA has them (192 and 128 in V3).
+
+On CUDA the library does it: cuDNN is the one fused backend of torch that takes unequal widths at
+full speed. The CPU's fused kernel does not take them, and with the values padded its backward is
+slower than plain matrix products over blocks of queries, each against no more keys than it sees.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_CUDA_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+QUERY_BLOCK = 128
+"""Queries at a time on the CPU: small enough to skip most of what causality hides."""
+
+
+def attention(
+    q: Float[Tensor, "batch heads queries qk"],
+    k: Float[Tensor, "batch heads keys qk"],
+    v: Float[Tensor, "batch heads keys v"],
+    *,
+    scale: float,
+    mask: Bool[Tensor, "batch 1 queries keys"] | None = None,
+) -> Float[Tensor, "batch heads queries v"]:
+    """softmax(scale q k^T) v over the keys that ``mask`` allows; without a mask, causal.
+
+    Causal without a mask needs as many queries as keys: query i sees keys 0 to i. Every query
+    must see at least one key.
+    """
+    if q.is_cuda:
+        with sdpa_kernel(_CUDA_BACKENDS, set_priority=True):
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+            )
+    return _BlockedAttention.apply(q, k, v, scale, mask)
+
+
+def reference(
+    q: Float[Tensor, "batch heads queries qk"],
+    k: Float[Tensor, "batch heads keys qk"],
+    v: Float[Tensor, "batch heads keys v"],
+    *,
+    scale: float,
+    mask: Bool[Tensor, "batch 1 queries keys"] | None = None,
+) -> Float[Tensor, "batch heads queries v"]:
+    """The definition, in the type of its inputs."""
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = (q @ k.transpose(-2, -1) * scale).masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """Keeps the probabilities of each block of queries for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
+    ) -> Tensor:
+        batch, heads, queries, _ = q.shape
+        q, k, v = (x.reshape(batch * heads, *x.shape[2:]) for x in (q, k, v))
+        out = q.new_empty(batch * heads, queries, v.shape[-1])
+        kept = []
+        for block, seen in _blocks(queries, k.shape[1], causal=mask is None):
+            scores = torch.bmm(q[:, block], k[:, seen].transpose(1, 2)).mul_(scale)
+            if mask is None:
+                own = scores[:, :, block]  # the square on the diagonal
+                own.masked_fill_(torch.ones_like(own[0], dtype=torch.bool).triu_(1), -torch.inf)
+            else:
+                by_head = scores.view(batch, heads, -1, k.shape[1])
+                by_head.masked_fill_(~mask[:, :, block], -torch.inf)
+            probabilities = scores.softmax(-1)
+            torch.bmm(probabilities, v[:, seen], out=out[:, block])
+            kept.append(probabilities)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(q, k, v, out, *kept)
+        ctx.scale, ctx.causal = scale, mask is None
+        return out.view(batch, heads, queries, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *kept = ctx.saved_tensors
+        batch_heads = grad.shape[:2]
+        grad = grad.reshape(out.shape)
+        drift = (grad * out).sum(-1, keepdim=True)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        blocks = _blocks(q.shape[1], k.shape[1], causal=ctx.causal)
+        for (block, seen), probabilities in zip(blocks, kept, strict=True):
+            grad_v[:, seen].baddbmm_(probabilities.transpose(1, 2), grad[:, block])
+            grad_scores = torch.bmm(grad[:, block], v[:, seen].transpose(1, 2))
+            grad_scores.sub_(drift[:, block]).mul_(probabilities)
+            torch.bmm(grad_scores, k[:, seen], out=grad_q[:, block])
+            grad_k[:, seen].baddbmm_(grad_scores.transpose(1, 2), q[:, block])
+        grads = (grad_q.mul_(ctx.scale), grad_k.mul_(ctx.scale), grad_v)
+        return *(x.unflatten(0, batch_heads) for x in grads), None, None
+
+
+def _blocks(queries: int, keys: int, *, causal: bool) -> list[tuple[slice, slice]]:
+    """Slices of queries, each with the slice of keys that any of them sees."""
+    blocks = []
+    for start in range(0, queries, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, queries)
+        blocks.append((slice(start, stop), slice(0, stop if causal else keys)))
+    return blocks

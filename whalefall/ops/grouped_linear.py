@@ -1,0 +1,71 @@
+"""A linear layer per group of rows: the experts' matrix products (paper 2.1.2).
+
+Rows arrive sorted by group; ``ends[g]`` is the row after the last one of group g. On CUDA the
+library's grouped GEMM reads the ends on the device, so nothing waits for the host. Elsewhere a
+loop over the groups that have rows does the same arithmetic.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def grouped_linear(
+    x: Float[Tensor, "rows in"],
+    weight: Float[Tensor, "groups out in"],
+    ends: Int[Tensor, "groups"],
+) -> Float[Tensor, "rows out"]:
+    """x[i] @ weight[group of i]^T for every row. Groups may be empty."""
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+    return _GroupedLinear.apply(x, weight, ends)
+
+
+def reference(
+    x: Float[Tensor, "rows in"],
+    weight: Float[Tensor, "groups out in"],
+    ends: Int[Tensor, "groups"],
+) -> Float[Tensor, "rows out"]:
+    """The definition, in the type of its inputs (float64 for tests)."""
+    starts = [0, *ends.tolist()[:-1]]
+    parts = zip(starts, ends.tolist(), weight, strict=True)
+    return torch.cat([x[start:end] @ matrix.T for start, end, matrix in parts])
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """The loop, with gradients written in place: autograd over slices would copy the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        bounds = _non_empty(ends)
+        ctx.bounds = bounds
+        ctx.save_for_backward(x, weight)
+        out = x.new_empty(len(x), weight.shape[1])
+        for group, start, end in bounds:
+            torch.mm(x[start:end], weight[group].T, out=out[start:end])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for group, start, end in ctx.bounds:
+            if grad_x is not None:
+                torch.mm(grad[start:end], weight[group], out=grad_x[start:end])
+            if grad_weight is not None:
+                torch.mm(grad[start:end].T, x[start:end], out=grad_weight[group])
+        return grad_x, grad_weight, None
+
+
+def _non_empty(ends: Tensor) -> list[tuple[int, int, int]]:
+    bounds, start = [], 0
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            bounds.append((group, start, end))
+        start = end
+    return bounds

@@ -1,0 +1,60 @@
+"""Move tokens to their experts and back: a gather, and its transpose.
+
+``order`` lists the (token, choice) pairs sorted by expert; pair p belongs to token p // top_k.
+Each direction is the other's gradient, and both gather: the sums have a fixed order, so the
+result is the same from run to run, which scattering with atomics is not.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def permute(
+    x: Float[Tensor, "tokens hidden"], order: Int[Tensor, "pairs"], top_k: int
+) -> Float[Tensor, "pairs hidden"]:
+    """One row per (token, choice), sorted by expert."""
+    return _Permute.apply(x, order, top_k)
+
+
+def unpermute(
+    rows: Float[Tensor, "pairs hidden"], order: Int[Tensor, "pairs"], top_k: int
+) -> Float[Tensor, "tokens hidden"]:
+    """Each token's ``top_k`` rows summed."""
+    return _Unpermute.apply(rows, order, top_k)
+
+
+def _gather(x: Tensor, order: Tensor, top_k: int) -> Tensor:
+    return x.index_select(0, order // top_k)
+
+
+def _gather_sum(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
+    row_of_pair = torch.empty_like(order)
+    row_of_pair[order] = torch.arange(len(order), device=order.device)
+    return rows.index_select(0, row_of_pair).unflatten(0, (-1, top_k)).sum(1)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.top_k = top_k
+        return _gather(x, order, top_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gather_sum(grad, *ctx.saved_tensors, ctx.top_k), None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.top_k = top_k
+        return _gather_sum(rows, order, top_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gather(grad, *ctx.saved_tensors, ctx.top_k), None, None

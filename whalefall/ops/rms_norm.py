@@ -1,0 +1,48 @@
+"""RMSNorm: torch's fused kernel on CUDA; elsewhere the backward written out, half the passes."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def rms_norm(
+    x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "dim"], eps: float
+) -> Float[Tensor, "*batch dim"]:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
+
+    The mean is taken in FP32 for lower precisions; the result has the type of ``x``.
+    """
+    if x.is_cuda:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def reference(
+    x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "dim"], eps: float
+) -> Float[Tensor, "*batch dim"]:
+    """The definition, in the type of its inputs."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float() if x.dtype.itemsize < 4 else x
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        wide, grad = x.to(scale.dtype), grad.to(scale.dtype)
+        normed = wide * scale
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad = grad * weight
+        along = torch.linalg.vecdot(grad, normed).unsqueeze(-1).div_(x.shape[-1])
+        grad_x = torch.addcmul(grad, normed, along, value=-1).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight, None

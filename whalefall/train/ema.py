@@ -1,0 +1,85 @@
+"""An average of the parameters on the CPU, updated beside the training (paper 3.2.3)."""
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class EMA:
+    """average = decay * average + (1 - decay) * weight, starting from the initial weights.
+
+    There is no bias correction: before about 1 / (1 - decay) updates the average still remembers
+    where it started. On CUDA an update copies the weights to pinned memory on a stream of its own
+    and averages them in a thread; call ``wait_for_copy`` before the weights change again.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], decay: float):
+        """``weights`` are the live FP32 masters by name; they are read at each update."""
+        self._names = list(weights)
+        self._weights = [weight.detach() for weight in weights.values()]
+        self._averages = [weight.to("cpu", copy=True) for weight in self._weights]
+        self._rate = 1 - decay
+        self._is_asynchronous = self._weights[0].is_cuda
+        if self._is_asynchronous:
+            self._staged = [torch.empty_like(a).pin_memory() for a in self._averages]
+            self._stream = torch.cuda.Stream(self._weights[0].device)
+            self._copied = torch.cuda.Event()
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="ema")
+            self._pending: Future[None] | None = None
+
+    def update(self) -> None:
+        """Absorb the weights as they are now."""
+        if not self._is_asynchronous:
+            torch._foreach_lerp_(self._averages, self._weights, self._rate)
+            return
+        self.join()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            torch._foreach_copy_(self._staged, self._weights, non_blocking=True)
+            self._copied.record()
+        self._pending = self._worker.submit(self._absorb)
+
+    def wait_for_copy(self) -> None:
+        """Let the device finish reading the weights before it changes them."""
+        if self._is_asynchronous:
+            torch.cuda.current_stream().wait_event(self._copied)
+
+    def join(self) -> None:
+        """Return once every update has arrived in the averages."""
+        if self._is_asynchronous and self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by parameter name, with all updates in them; views, not copies."""
+        self.join()
+        return dict(zip(self._names, self._averages, strict=True))
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.join()
+        for name, average in zip(self._names, self._averages, strict=True):
+            average.copy_(state[name])
+
+    @contextmanager
+    def swap(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """Run the block with the averages in ``parameters``; exact restoration afterwards."""
+        averages = self.state_dict()
+        kept = {name: weight.detach().to("cpu", copy=True) for name, weight in parameters.items()}
+        try:
+            _fill(parameters, averages)
+            yield
+        finally:
+            _fill(parameters, kept)
+
+    def _absorb(self) -> None:
+        self._copied.synchronize()
+        torch._foreach_lerp_(self._averages, self._staged, self._rate)
+
+
+@torch.no_grad()
+def _fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])

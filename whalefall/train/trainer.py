@@ -1,0 +1,271 @@
+"""The training loop. ``Trainer.run`` reads top to bottom; what a step does is in ``step``.
+
+A step is a function of the configuration and its ``Position``: which rows, how many, and every
+scheduled number. A run that is killed and started again goes on from its last checkpoint with the
+same bits, on the same device and number of threads.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from whalefall.config.load import save_config
+from whalefall.config.train import TrainConfig
+from whalefall.data.loader import Batch, Loader
+from whalefall.errors import UserError
+from whalefall.model.transformer import Transformer
+from whalefall.train.balance import load_shares, max_violation, sum_over_ranks, update_biases
+from whalefall.train.checkpoint import CheckpointWriter, State, latest, load
+from whalefall.train.console import ConsoleSink
+from whalefall.train.ema import EMA
+from whalefall.train.evaluate import bits_per_byte
+from whalefall.train.gradients import StepLosses, accumulate_gradients
+from whalefall.train.metrics import Broadcast, JsonLines, Sink, Speed, TensorBoard
+from whalefall.train.optimizer import AdamW
+from whalefall.train.schedule import (
+    Position,
+    advance,
+    batch_rows,
+    bias_update_speed,
+    learning_rate,
+    mtp_weight,
+)
+from whalefall.train.signals import stop_requests
+
+Reason = Literal["finished", "time", "signal"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    steps: int
+    """Steps and tokens of the run, over all invocations."""
+    tokens: int
+    heldout_bits_per_byte: float | None
+    """Of the last evaluation."""
+    run_folder: Path
+    stopped: Reason
+
+
+class Trainer:
+    """One run: set up, or resumed, by the constructor; carried on by ``run``.
+
+    Raises:
+        UserError: the configuration does not fit the data, the device, or the checkpoint found in
+            ``config.output``; from ``run``: a loss or gradient that is not finite, a full disk.
+    """
+
+    def __init__(self, config: TrainConfig, *, sinks: Sequence[Sink] | None = None):
+        """``sinks`` see every record in place of the console; the run folder's always do."""
+        _check_single_process()
+        self.config = config
+        self.device = _device(config.runtime.device)
+        if config.runtime.threads is not None:
+            torch.set_num_threads(config.runtime.threads)
+        self.loader = Loader(
+            config.data.sources,
+            sequence_length=config.data.sequence_length,
+            extra_tokens=1 + config.model.num_nextn_predict_layers,
+            seed=config.seed,
+            sample_masks=config.data.sample_masks,
+        )
+        self.loader.check_vocabulary(config.model.vocab_size)
+        self.heldout = self.loader.held_out(config.evaluation.rows)
+        self._token_bytes = torch.as_tensor(self.loader.tokenizer.token_bytes())
+        self.model = Transformer.create(
+            config.model,
+            seed=config.seed,
+            device=self.device,
+            dtype=getattr(torch, config.runtime.precision),
+        )
+        self.optimizer = AdamW(self.model.named_parameters(), config.optimizer)
+        self.ema = EMA(self.optimizer.masters, config.ema.decay) if config.ema.enabled else None
+        self.position = Position()
+        self._heldout_score: float | None = None
+        if (folder := latest(config.output)) is not None:
+            self._restore(load(folder, config))
+
+        config.output.mkdir(parents=True, exist_ok=True)
+        save_config(config, config.output / "config.yaml")
+        self.loader.tokenizer.save(config.output)
+        self._writer = CheckpointWriter(config.output, config.checkpoint.keep)
+        self._saved_step = None if folder is None else self.position.step
+        self._speed = Speed(config, self.device)
+        self._given_sinks = sinks
+
+    def run(self) -> TrainResult:
+        """Train until the tokens are used up, the time is over, or a signal asks to stop."""
+        config = self.config
+        deadline = time.monotonic() + 60 * (config.runtime.max_minutes or math.inf)
+        with closing(self._sinks()) as self._metrics, self._writer, stop_requests() as asked:
+            while (stopped := self._reason_to_stop(deadline, asked())) is None:
+                self.step()
+                if self._is_due(config.evaluation.every_steps):
+                    self.evaluate()
+                if self._is_due(config.checkpoint.every_steps):
+                    self.save()
+            if self._saved_step != self.position.step:
+                self.save()
+        return TrainResult(
+            self.position.step, self.position.tokens, self._heldout_score, config.output, stopped
+        )
+
+    def step(self) -> None:
+        """One optimizer step: a function of the configuration and the position."""
+        began = time.perf_counter()
+        schedule, position = self.config.schedule, self.position
+        batches = self._micro_batches(batch_rows(schedule, position))
+        losses = accumulate_gradients(
+            self.model,
+            batches,
+            mtp_weight=mtp_weight(schedule, position),
+            sequence_alpha=self.config.balance.sequence_alpha,
+        )
+        self._check_losses(losses, batches)
+
+        if self.ema is not None:
+            self.ema.wait_for_copy()
+        rate = learning_rate(schedule, position)
+        norm = self.optimizer.step(rate)
+        self._check_gradients(norm, batches)
+
+        loads = sum_over_ranks(losses.expert_loads)
+        update_biases(self.model.routers(), loads, bias_update_speed(schedule, position))
+        rows = sum(len(batch.tokens) for batch in batches)
+        self.position = advance(position, rows, self.config.data.sequence_length)
+        if self.ema is not None and self.position.step % self.config.ema.every_steps == 0:
+            self.ema.update()
+        if self._is_due(self.config.logging.every_steps):
+            seconds = time.perf_counter() - began
+            self._metrics.write(
+                {
+                    "step": self.position.step,
+                    "tokens": self.position.tokens,
+                    "rows": rows,
+                    **losses.record(),
+                    "learning_rate": rate,
+                    "gradient_norm": norm,
+                    **self._speed.record(self.position.tokens - position.tokens, seconds),
+                    "max_violation": max_violation(loads).tolist(),
+                    "expert_load": load_shares(loads),
+                }
+            )
+
+    def evaluate(self) -> None:
+        """Score the held-out rows with the weights, and with their average where there is one."""
+        scores = {"heldout_bits_per_byte": self._score_heldout()}
+        if self.ema is not None:
+            with self.ema.swap(dict(self.model.named_parameters())):
+                scores["ema_heldout_bits_per_byte"] = self._score_heldout()
+        self._heldout_score = scores["heldout_bits_per_byte"]
+        self._metrics.write({"step": self.position.step, "tokens": self.position.tokens, **scores})
+
+    def save(self) -> None:
+        """Take a checkpoint of this position; it is written while training goes on."""
+        self._writer.save(
+            State(
+                self.position,
+                self.config,
+                # FP32 masters in place of the working weights; the rest are buffers.
+                {**self.model.state_dict(), **self.optimizer.masters},
+                self.optimizer.state_dict(),
+                None if self.ema is None else self.ema.state_dict(),
+                self._heldout_score,
+            )
+        )
+        self._saved_step = self.position.step
+
+    def _restore(self, state: State) -> None:
+        self.model.load_state_dict(state.model)
+        self.optimizer.load_state_dict(state.model, state.optimizer)
+        if self.ema is not None:
+            # An average that the run did not have so far starts here.
+            self.ema.load_state_dict(state.model if state.ema is None else state.ema)
+        self.position = state.position
+        self._heldout_score = state.heldout_bits_per_byte
+
+    def _reason_to_stop(self, deadline: float, asked: bool) -> Reason | None:
+        if self._is_finished():
+            return "finished"
+        if asked:
+            return "signal"
+        return "time" if time.monotonic() >= deadline else None
+
+    def _is_finished(self) -> bool:
+        return self.position.tokens >= self.config.schedule.total_tokens
+
+    def _is_due(self, every_steps: int) -> bool:
+        return self._is_finished() or self.position.step % every_steps == 0
+
+    def _micro_batches(self, rows: int) -> list[Batch]:
+        first, size = self.position.rows, self.config.optimizer.micro_batch_rows or rows
+        return [
+            self.loader.batch(first + start, min(size, rows - start))
+            for start in range(0, rows, size)
+        ]
+
+    def _score_heldout(self) -> float:
+        targets = slice(self.config.data.sequence_length + 1)
+        documents = self.heldout.documents
+        return bits_per_byte(
+            self.model,
+            self.heldout.tokens[:, targets],
+            self._token_bytes,
+            documents=None if documents is None else documents[:, targets],
+        )
+
+    def _check_losses(self, losses: StepLosses, batches: Sequence[Batch]) -> None:
+        if (bad := losses.not_finite()) is not None:
+            part, index = bad
+            raise self._not_finite(part, losses.parts[part][index], batches[index : index + 1])
+
+    def _check_gradients(self, norm: float, batches: Sequence[Batch]) -> None:
+        if not math.isfinite(norm):
+            named = self.optimizer.gradients().items()
+            bad = (name for name, gradient in named if not gradient.isfinite().all())
+            first = next(bad, "none by itself, only their norm")
+            raise self._not_finite(f"gradient norm (first bad gradient: {first})", norm, batches)
+
+    def _not_finite(self, part: str, value: float, batches: Sequence[Batch]) -> UserError:
+        names = sorted({name for batch in batches for name in batch.document_ids})
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        return UserError(
+            f"step {self.position.step + 1}: {part} is {value}, in documents "
+            f"{', '.join(names[:8])}{more}; the step was not applied, and the checkpoints in "
+            f"{self.config.output} are as they were"
+        )
+
+    def _sinks(self) -> Sink:
+        config, step = self.config, self.position.step
+        sinks: list[Sink] = [JsonLines(config.output / "metrics.jsonl", step)]
+        if config.logging.tensorboard:
+            sinks.append(TensorBoard(config.output / "tensorboard", step))
+        if self._given_sinks is None:
+            return Broadcast([*sinks, ConsoleSink(config.schedule.total_tokens)])
+        return Broadcast([*sinks, *self._given_sinks])
+
+
+def _device(name: str) -> torch.device:
+    """The device of ``runtime.device``, which must be there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"runtime.device is {name!r}, which cannot be used: {error}") from None
+    return device
+
+
+def _check_single_process() -> None:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise UserError(
+            f"training runs in one process so far, but torch.distributed has "
+            f"{dist.get_world_size()} ranks"
+        )
