@@ -4,7 +4,6 @@ PYTHON ?= $(firstword $(foreach python,python3 python3.13 python3.12 python3.11,
 TORCH := 2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-export OMP_NUM_THREADS ?= 2
 
 .PHONY: help quickstart test lint types hooks
 

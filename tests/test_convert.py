@@ -116,7 +116,8 @@ def test_wrong_requests_are_named_and_leave_nothing(run: Path, tmp_path: Path) -
         (run, "hf", {}, "already exists"),
         (run, "run", {}, "already exists"),
         (tmp_path / "hf", "hf", {}, "already exists"),
-        (tmp_path / "hf", "a", {"ema": True}, "has no moving averages"),
+        (tmp_path / "hf", "a", {"ema": True}, "neither dtype nor ema applies"),
+        (tmp_path / "hf", "a", {"dtype": "fp8"}, "neither dtype nor ema applies"),
     ):
         with pytest.raises(UserError, match=message):
             convert(source, tmp_path / target, **options)

@@ -44,7 +44,7 @@ def convert(
     source: Path | str,
     target: Path | str,
     *,
-    dtype: Literal["float32", "bfloat16", "fp8"] = "bfloat16",
+    dtype: Literal["float32", "bfloat16", "fp8"] | None = None,
     ema: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -53,18 +53,22 @@ def convert(
     ``source`` is a checkpoint folder, a run folder (its newest checkpoint is taken) or a Hugging
     Face folder. The tokenizer is copied along where there is one.
 
-    ``dtype`` is what a Hugging Face folder is stored in; ``fp8`` means 128x128 blocks for what
-    DeepSeek publishes so, and BF16 for the rest. ``ema`` takes the moving averages of the
-    parameters. A training checkpoint is always FP32, at step 0 of a run with the default recipe.
+    ``dtype`` is what a Hugging Face folder is stored in, BF16 if not given; ``fp8`` means 128x128
+    blocks for what DeepSeek publishes so, and BF16 for the rest. ``ema`` takes the moving averages
+    of the parameters. Neither applies to a training checkpoint made from a Hugging Face folder:
+    it is FP32, at step 0 of a run with the default recipe.
 
     Raises:
-        UserError: ``source`` is none of the three, damaged, or has no averages; ``target``
-            already holds something; the disk is full.
+        UserError: ``source`` is none of the three, damaged, or has no averages; ``dtype`` or
+            ``ema`` does not apply; ``target`` already holds something; the disk is full.
     """
     source, target = Path(source), require_new(target)
     if (source / "config.json").is_file():
-        if ema:
-            raise UserError(f"{source} is a Hugging Face folder: it has no moving averages (ema)")
+        if ema or dtype not in (None, "float32"):
+            raise UserError(
+                f"{source} is a Hugging Face folder and becomes an FP32 training checkpoint: "
+                "neither dtype nor ema applies"
+            )
         _to_training(source, target)
         return
     checkpoint = _checkpoint_in(source)

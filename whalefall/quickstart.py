@@ -4,6 +4,7 @@ Nothing is downloaded. The text is the Python standard library, whose sources co
 """
 
 import shlex
+import shutil
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +25,9 @@ from whalefall.data.sources import Document
 from whalefall.data.tokenizer import Tokenizer
 from whalefall.errors import UserError
 from whalefall.model.cache import bytes_per_token, multi_head_bytes_per_token
-from whalefall.model.transformer import Transformer, parameter_counts
-from whalefall.report import Sample, load_metrics, save_samples, write_report, write_samples
-from whalefall.train.trainer import Trainer
+from whalefall.model.transformer import parameter_counts
+from whalefall.report import Sample, save_samples, write_report, write_samples
+from whalefall.train.trainer import Trainer, TrainResult
 
 HELDOUT_FRACTION = 0.03
 _WIDTH = 92
@@ -58,20 +59,26 @@ def quickstart(overrides: Sequence[str] = (), *, console: Console | None = None)
     )
     if not config.data.sources:
         config = _with_standard_library(config, console)
-    model = _train(config, console)
-    if model is None:
+    _show_network(config.model, console)
+    trainer = Trainer(config)
+    result = trainer.run()
+    if result.stopped != "finished":
         console.print("Stopped. What it learned so far is kept. To go on:")
         _show_command(shlex.join(["whalefall", "quickstart", *overrides]), console)
         return
     tokenizer = Tokenizer.load(config.output)
     samples = write_samples(
-        model, tokenizer, config.data.sources[0].path, length=config.data.sequence_length
+        trainer.model, tokenizer, config.data.sources[0].path, length=config.data.sequence_length
     )
     save_samples(config.output, samples)
-    _show_learned(config.output, samples, console)
+    model_folder = config.output / "model"
+    shutil.rmtree(model_folder, ignore_errors=True)  # of an earlier call
+    save(trainer.model, tokenizer, model_folder)
+    report = write_report(config.output)
+
+    _show_learned(result, samples, console)
     _show_cache(config.model, console)
-    save(model, tokenizer, config.output / "model")
-    _show_what_next(config.output / "model", write_report(config.output), console)
+    _show_what_next(model_folder, report, console)
 
 
 def standard_library() -> list[Document]:
@@ -133,29 +140,23 @@ def _prepare_standard_library(
     )
 
 
-def _train(config: TrainConfig, console: Console) -> Transformer | None:
-    """The network at the end of its schedule, or None if it was stopped before."""
-    model, counts = config.model, parameter_counts(config.model)
+def _show_network(config: ModelConfig, console: Console) -> None:
+    counts = parameter_counts(config)
     console.print(
         f"[bold]The network[/] has {counts.total / 1e6:.1f} million parameters. Each layer sends a "
-        f"token to {model.num_experts_per_tok} of its {model.n_routed_experts} experts, "
-        f"so {counts.active / 1e6:.1f} million work on any one token. While it trains you see:\n"
+        f"token to {config.num_experts_per_tok} of its {config.n_routed_experts} experts, so "
+        f"{counts.active / 1e6:.1f} million work on any one token. While it trains you see:\n"
         "  loss        how surprised it is by the next token; it should fall\n"
         "  bits/byte   the same on held-out text, where plain storage takes 8\n"
         "  MaxVio      how far the busiest expert is above its fair share; 0 is balance\n"
     )
-    trainer = Trainer(config)
-    stopped = trainer.run().stopped
-    return trainer.model if stopped == "finished" else None
 
 
-def _show_learned(run_folder: Path, samples: Sequence[Sample], console: Console) -> None:
-    _, evaluations = load_metrics(run_folder / "metrics.jsonl")
-    first, last = (each.heldout_bits_per_byte for each in (evaluations[0], evaluations[-1]))
+def _show_learned(result: TrainResult, samples: Sequence[Sample], console: Console) -> None:
     console.print(
-        f"\n[bold]What it learned.[/] Held-out text takes it {last:.2f} bits per byte; the first "
-        f"time it was asked, {first:.2f}. Below it goes on with held-out files: dim is what it was "
-        "given, bright is what it wrote."
+        "\n[bold]What it learned.[/] Held-out text takes it "
+        f"{result.heldout_bits_per_byte:.2f} bits per byte. Below it goes on with held-out files: "
+        "dim is what it was given, bright is what it wrote."
     )
     for sample in samples:
         written = Text.assemble(

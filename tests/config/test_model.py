@@ -8,6 +8,7 @@ import pytest
 from transformers import DeepseekV3Config
 
 from whalefall.config.model import ModelConfig
+from whalefall.errors import UserError
 
 PUBLISHED = sorted((Path(__file__).parent / "hf").glob("*.json"))
 
@@ -79,7 +80,7 @@ def test_defaults_are_deepseek_v3_before_its_context_was_extended() -> None:
     ],
 )
 def test_a_network_we_cannot_run_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         ModelConfig.from_hf(read("deepseek-v3") | change)
 
 

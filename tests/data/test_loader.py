@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whalefall.config.train import SourceConfig
@@ -55,6 +55,7 @@ def test_targets_of_a_row_continue_in_the_next(prepared):
     assert torch.equal(rows[:-1, LENGTH:], rows[1:, :EXTRA])
 
 
+@settings(max_examples=25)
 @given(first=st.integers(0, 5000), rows=st.integers(1, 40), world=st.integers(1, 8))
 def test_ranks_share_a_batch_out(prepared, first, rows, world):
     stream = loader(prepared, verify=False)
@@ -65,6 +66,7 @@ def test_ranks_share_a_batch_out(prepared, first, rows, world):
         assert torch.equal(part, whole[rank::world])
 
 
+@settings(max_examples=25)
 @given(first=st.integers(0, 5000), middle=st.integers(0, 20), rows=st.integers(20, 40))
 def test_a_batch_is_a_function_of_its_rows_alone(prepared, first, middle, rows):
     whole = loader(prepared, verify=False).batch(first, rows).tokens
@@ -135,12 +137,9 @@ def test_too_little_data_is_told(prepared, tmp_path, tokenizer):
 
 
 def test_other_tokenizers_are_refused(prepared, tmp_path, corpus):
-    prepare(corpus, tmp_path / "set", vocab_size=SIZE_OF_ANOTHER)
+    prepare(corpus, tmp_path / "set", vocab_size=500)
     with pytest.raises(UserError, match="different tokenizers"):
         loader(prepared, tmp_path / "set")
-
-
-SIZE_OF_ANOTHER = 500
 
 
 def test_folders_that_are_no_data_sets_are_named(prepared, tmp_path):

@@ -58,15 +58,15 @@ def test_heldout_documents_stay_plain(prepared, corpus, tokenizer):
 
 
 def test_rates_are_the_shares_of_the_training_documents(tmp_path, tokenizer):
-    many = [Document(str(number), "f(x):\n" * 20) for number in range(2000)]
+    many = [Document(str(number), "f(x):\n" * 10) for number in range(1000)]
     prepare(many, tmp_path / "set", tokenizer=tokenizer, fim_rate=0.3, split_rate=0.2)
     parts = joined_tokens(tokenizer)
     train = written(tmp_path / "set", "train").values()
     rearranged = sum(ids[1] == tokenizer.fim_ids.begin for ids in train)
-    assert abs(rearranged / len(train) - 0.3) < 0.06  # five standard deviations
+    assert abs(rearranged / len(train) - 0.3) < 0.08  # five standard deviations
     plain = [ids for ids in train if ids[1] != tokenizer.fim_ids.begin]
     joined = sum(token in parts for ids in plain for token in ids)
-    assert abs(joined / (20 * len(plain)) - 0.8) < 0.02
+    assert abs(joined / (10 * len(plain)) - 0.8) < 0.03
 
 
 def test_the_card_says_what_is_there(prepared, corpus, tokenizer):
@@ -102,7 +102,7 @@ def test_the_seed_decides_everything_random(tmp_path, corpus, tokenizer):
 
 def test_a_document_does_not_depend_on_its_neighbours(tmp_path, corpus, tokenizer):
     for name, part in (("all", corpus), ("some", corpus[::2])):
-        prepare(part, tmp_path / name, tokenizer=tokenizer, fim_rate=0.5, heldout_fraction=0)
+        prepare(part, tmp_path / name, tokenizer=tokenizer, fim_rate=0.5, heldout_fraction=0.0)
     everything, some = written(tmp_path / "all", "train"), written(tmp_path / "some", "train")
     assert some.items() <= everything.items()
 
@@ -130,12 +130,9 @@ def test_skipped_documents_are_counted(tmp_path, tokenizer):
 
 def test_a_large_vocabulary_takes_wider_tokens(tmp_path, corpus, tokenizer):
     spec = json.loads(tokenizer._json)
-    added = spec["added_tokens"][-1]
-    spec["added_tokens"] += [
-        added | {"id": tokenizer.vocab_size + n, "content": f"<|unused {n}|>"} for n in range(65536)
-    ]
+    spec["model"]["vocab"] |= {f"unused{index}": index for index in range(600, 2**16 + 1)}
     wide = Tokenizer(json.dumps(spec))
-    summary = prepare(corpus[:5], tmp_path / "set", tokenizer=wide, fim_rate=1.0)
+    summary = prepare(corpus[:5], tmp_path / "set", tokenizer=wide)
     assert summary.dtype == "uint32"
     assert set(written(tmp_path / "set", "heldout")) < {document.name for document in corpus}
 
@@ -177,9 +174,15 @@ def test_fim_without_its_tokens_is_refused(tmp_path, corpus, tokenizer):
     bare.fim_ids = None
     with pytest.raises(UserError, match=r"fim_rate is 0\.1"):
         prepare(corpus, tmp_path / "set", tokenizer=bare)
-    prepare(corpus, tmp_path / "set", tokenizer=bare, fim_rate=0)
+    prepare(corpus, tmp_path / "set", tokenizer=bare, fim_rate=0.0)
 
 
 def test_a_tokenizer_and_a_vocabulary_size_are_one_too_many(tmp_path, corpus, tokenizer):
     with pytest.raises(UserError, match="not both"):
         prepare(corpus, tmp_path / "set", tokenizer=tokenizer, vocab_size=500)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("workers", 0), ("vocab_size", 0)])
+def test_counts_below_the_least_are_named(tmp_path, corpus, setting, value):
+    with pytest.raises(UserError, match=f"{setting} is {value}"):
+        prepare(corpus, tmp_path / "set", **{setting: value})

@@ -47,7 +47,7 @@ def test_the_sample_is_bounded_and_only_of_training_texts():
         for number in range(1000)
     ]
     sample = sample_texts(texts, 4000, 0)
-    assert 100 == len(sample)
+    assert len(sample) == 100
     assert not {text for _, text, split in texts if split == "heldout"} & set(sample)
     assert sorted(sample) == sorted(sample_texts(reversed(texts), 4000, 0))
     assert sorted(sample) != sorted(sample_texts(texts, 4000, 1))

@@ -26,7 +26,7 @@ def write(folder: Path, dtype: str = "uint16", shard_tokens: int = 10) -> np.nda
 def several(tmp_path_factory) -> TokenShards:
     folder = tmp_path_factory.mktemp("shards")
     write(folder)
-    assert len(list(folder.glob("*.tokens"))) == 4
+    assert len(list(folder.glob("*.tokens"))) == 3
     return TokenShards.open(folder)
 
 

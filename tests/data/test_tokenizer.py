@@ -57,7 +57,8 @@ def test_special_tokens_are_parsed_when_asked_for(tokenizer):
 
 def test_ids_and_spellings_of_special_tokens_are_deepseeks(tokenizer):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
-    spelled = [token.encode("unicode_escape").decode() for token in (BOS, EOS, *tokenizer_fim())]
+    names = (BOS, EOS, FIM_BEGIN, FIM_HOLE, FIM_END)
+    spelled = [token.encode("unicode_escape").decode() for token in names]
     assert spelled == [
         r"<\uff5cbegin\u2581of\u2581sentence\uff5c>",
         r"<\uff5cend\u2581of\u2581sentence\uff5c>",
@@ -67,10 +68,6 @@ def test_ids_and_spellings_of_special_tokens_are_deepseeks(tokenizer):
     ]
     for index, token in enumerate(SPECIAL_TOKENS):
         assert tokenizer.encode(token, specials=True) == [index]
-
-
-def tokenizer_fim() -> tuple[str, str, str]:
-    return FIM_BEGIN, FIM_HOLE, FIM_END
 
 
 def test_text_is_split_as_deepseek_splits_it(corpus):

@@ -1,6 +1,7 @@
 """The latent cache: decoding in any steps, of any lengths, is the forward pass."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from whalefall.config.model import ModelConfig, RopeScaling
 from whalefall.errors import UserError
+from whalefall.model.attention import LatentAttention
 from whalefall.model.cache import LatentCache, bytes_per_token, multi_head_bytes_per_token
 from whalefall.model.transformer import Transformer
 
@@ -61,16 +63,42 @@ def test_decoding_in_steps_is_the_forward(model: Transformer, steps: list[int]) 
     [
         {"q_lora_rank": None},
         {"rope_scaling": RopeScaling(original_max_position_embeddings=8)},
-        {"kv_lora_rank": 4},  # expansion is so cheap that every step expands
-        {"kv_lora_rank": 200},  # and so dear that every step absorbs
     ],
-    ids=["plain query", "yarn", "narrow latent", "wide latent"],
+    ids=["plain query", "yarn"],
 )
 def test_decoding_other_networks(tiny_config: ModelConfig, changes: dict[str, object]) -> None:
     config = tiny_config.model_copy(update=changes)
     model = Transformer.create(config, dtype=torch.float64).requires_grad_(False)
     rows, cache = tokens(2), cache_for(model, 2)
     parts = [model.decode(part, cache) for part in rows.split([4, 1, 5, 1, 1], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected(model, rows), **CLOSE)
+
+
+def test_a_step_takes_the_form_that_multiplies_less(
+    tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Per key and head, expansion costs 64 (2 + 2) products; absorption 2 * 64 - 4 more a query.
+
+    So three queries are worth an expansion here, and both forms continue the same cache.
+    """
+    changes = {"kv_lora_rank": 64, "qk_nope_head_dim": 2, "v_head_dim": 2}
+    model = Transformer.create(tiny_config.model_copy(update=changes), dtype=torch.float64)
+    forms: list[str] = []
+    for form in ("absorbed", "expanded"):
+        plain = getattr(LatentAttention, form)
+
+        def noted(*args: Any, form: str = form, plain: Any = plain) -> Tensor:
+            forms.append(form)
+            return plain(*args)
+
+        monkeypatch.setattr(LatentAttention, form, noted)
+    rows, cache, parts, taken = tokens(2), cache_for(model, 2), [], []
+    with torch.no_grad():
+        for part in rows.split([4, 2, 1, 3, 2], 1):
+            parts.append(model.decode(part, cache))
+            taken.append(set(forms))
+            forms.clear()
+    assert taken == [{"expanded"}, {"absorbed"}, {"absorbed"}, {"expanded"}, {"absorbed"}]
     torch.testing.assert_close(torch.cat(parts, 1), expected(model, rows), **CLOSE)
 
 

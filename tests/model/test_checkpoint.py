@@ -12,6 +12,7 @@ from torch import Tensor
 from whalefall.config.model import ModelConfig
 from whalefall.errors import UserError
 from whalefall.model.checkpoint import load_model, save_model
+from whalefall.model.hf_layout import encode, mtp_copies, to_disk
 from whalefall.model.transformer import Transformer
 from whalefall.ops.fp8_blocks import dequantize_blocks, quantize_blocks
 
@@ -152,6 +153,34 @@ def test_fp8_covers_the_matrices_that_deepseek_publishes_in_fp8(
     assert torch.equal(loaded.model.layers[0].self_attn.o_proj.weight, expected)
 
 
+def test_v3_in_fp8_has_the_size_of_the_published_folder() -> None:
+    """deepseek-ai/DeepSeek-V3 has 91,991 tensors and 688,574,839,360 bytes of them.
+
+    Counted without memory on few layers and experts: both add the same each time.
+    """
+
+    def count(layers: int, experts: int) -> tuple[int, int]:
+        groups = {"n_group": 1, "topk_group": 1, "n_routed_experts": experts}
+        config = ModelConfig(num_hidden_layers=layers, **groups)
+        with torch.device("meta"):
+            state = Transformer(config).state_dict()
+        stored = [
+            tensor.nbytes
+            for name in state
+            for part, view in to_disk(name, state[name])
+            for copy in (part, *mtp_copies(part, config))
+            for _, tensor in encode(copy, view, torch.bfloat16, fp8=True)
+        ]
+        return len(stored), sum(stored)
+
+    def with_256_experts(layers: int) -> list[int]:
+        pairs = zip(count(layers, 8), count(layers, 9), strict=True)
+        return [eight + 248 * (nine - eight) for eight, nine in pairs]
+
+    pairs = zip(with_256_experts(4), with_256_experts(5), strict=True)
+    assert [four + 57 * (five - four) for four, five in pairs] == [91_991, 688_574_839_360]
+
+
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float8_e8m0fnu])
 def test_fp8_checkpoint_loads_to_its_dequantized_values(
     tiny_config: ModelConfig, scale_dtype: torch.dtype, tmp_path: Path
@@ -289,7 +318,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "wrong config value": (
         lambda folder: edit_config(folder, hidden_size="wide"),
-        "config.json: hidden_size: .*integer",
+        "config.json: hidden_size is 'wide'; must be a valid integer",
     ),
     "other quantization": (
         lambda folder: edit_config(folder, quantization_config={"quant_method": "awq"}),

@@ -34,7 +34,8 @@ def make_config(tmp_path: Path, dataset: Path, tiny_config: ModelConfig) -> Make
     """A run of 12 steps on 4 rows of 32 tokens; keyword arguments override by section."""
 
     def make(folder: str = "run", **sections: Any) -> TrainConfig:
-        model = {**tiny_config.model_dump(mode="json"), "vocab_size": 320}
+        shape = tiny_config.model_dump(mode="json")
+        model = {**shape, "vocab_size": 320, "num_hidden_layers": 2}
         values: dict[str, Any] = {
             "output": str(tmp_path / folder),
             "seed": 7,

@@ -83,7 +83,7 @@ def test_no_mfu_where_the_peak_is_unknown(tiny_config: ModelConfig) -> None:
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
     out = io.StringIO()
-    sink = ConsoleSink(1000, Console(file=out, width=200))
+    sink = ConsoleSink(1000.0, Console(file=out, width=200))
     sink.write(step(1))
     sink.write(evaluation(1))
     sink.write(step(2))
@@ -98,7 +98,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
 
 def test_a_live_line_in_a_terminal() -> None:
     out = io.StringIO()
-    sink = ConsoleSink(1000, Console(file=out, width=200, force_terminal=True))
+    sink = ConsoleSink(1000.0, Console(file=out, width=200, force_terminal=True))
     sink.write(step(3))
     sink.close()
     assert "step 3/10" in out.getvalue()

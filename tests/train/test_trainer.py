@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from whalefall.config.load import load_config
 from whalefall.config.train import TrainConfig
+from whalefall.data.prepare import prepare
+from whalefall.data.sources import Document
 from whalefall.errors import UserError
 from whalefall.train import gradients
 from whalefall.train.checkpoint import latest, load_weights
@@ -50,7 +54,7 @@ def test_a_run_learns_and_leaves_its_folder(make_config: MakeConfig) -> None:
     first, last = sink.steps[0], sink.steps[-1]
     assert [record["step"] for record in sink.steps] == list(range(1, 13))
     assert last["loss"] < first["loss"] - 0.3
-    assert len(first["max_violation"]) == len(first["expert_load"]) == 3
+    assert len(first["max_violation"]) == len(first["expert_load"]) == 2
     assert sum(first["expert_load"][0]) == pytest.approx(1, abs=1e-5)
     evaluations = [record for record in sink.records if "heldout_bits_per_byte" in record]
     assert [record["step"] for record in evaluations] == [6, 12]
@@ -71,7 +75,7 @@ def test_the_routing_biases_are_trained_and_saved(make_config: MakeConfig) -> No
     trainer.run()
     _, weights = load_weights(latest(trainer.config.output))
     biases = {name: w for name, w in weights.items() if name.endswith("e_score_correction_bias")}
-    assert len(biases) == 3
+    assert len(biases) == 2
     for bias in biases.values():
         assert bias.abs().max() > 0.004
         # Twelve steps of 0.001 either way, or none.
@@ -95,7 +99,7 @@ def test_micro_batches_equal_the_whole_batch(make_config: MakeConfig, size: int)
         assert losses[1].record()[part] == pytest.approx(value, rel=1e-6)
     assert torch.equal(losses[0].expert_loads, losses[1].expert_loads)
     for (name, a), b in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
-        torch.testing.assert_close(b.grad, a.grad, rtol=1e-6, atol=1e-9, msg=name)
+        assert (b.grad - a.grad).norm() <= 1e-6 * a.grad.norm(), name
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -198,6 +202,49 @@ def test_bf16_weights_train_on_fp32_masters(make_config: MakeConfig) -> None:
         assert parameter.dtype == torch.bfloat16
         assert weights[name].dtype == torch.float32
         assert torch.equal(weights[name].bfloat16(), parameter)
+
+
+def test_a_dense_network_without_mtp(make_config: MakeConfig) -> None:
+    dense = {"first_k_dense_replace": 2, "num_nextn_predict_layers": 0}
+    sink = Recorder()
+    Trainer(make_config(model=dense), sinks=[sink]).run()
+    assert sink.steps[-1]["loss"] < sink.steps[0]["loss"] - 0.3
+    assert sink.steps[-1]["mtp"] == sink.steps[-1]["max_violation"] == []
+
+
+def test_data_of_another_tokenizer_cannot_go_on(
+    make_config: MakeConfig, dataset: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(dataset, copy)
+    config = make_config(data={"sources": [{"path": str(copy)}]})
+    Trainer(config, sinks=[]).run()
+    shutil.rmtree(copy)
+    prepare([Document(f"{i}", "another text " * 50) for i in range(20)], copy, vocab_size=290,
+            heldout_fraction=0.5, workers=1)  # fmt: skip
+    with pytest.raises(UserError, match="tokenizer"):
+        Trainer(config, sinks=[])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_cuda_resumes_bit_for_bit(make_config: MakeConfig, precision: str) -> None:
+    def config(folder: str, steps: int) -> TrainConfig:
+        return make_config(
+            folder,
+            model={"moe_intermediate_size": 24},  # rows of 16 bytes for the grouped GEMM
+            schedule={"total_tokens": steps * 4 * 32.0},
+            optimizer={"moment_dtype": "bfloat16", "micro_batch_rows": 2},
+            runtime={"device": "cuda", "precision": precision},
+        )
+
+    Trainer(config("straight", 12), sinks=[]).run()
+    Trainer(config("halves", 7), sinks=[]).run()
+    Trainer(config("halves", 12), sinks=[]).run()
+    straight, halves = (latest(config(name, 12).output) for name in ("straight", "halves"))
+    for file in ("model", "optimizer", "ema"):
+        expected, found = (load_file(f / f"{file}.safetensors") for f in (straight, halves))
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_sample_masks_run(make_config: MakeConfig, dataset: Path) -> None:

@@ -6,6 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from whalefall.config.explain import validated
+
 
 class Section(BaseModel):
     """A part of a configuration: unknown keys are errors, values are immutable."""
@@ -156,7 +158,7 @@ class ModelConfig(Section):
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
-        """Read the dictionary of a Hugging Face ``config.json`` (either generation of rope keys)."""
+        """Read a Hugging Face ``config.json``, of either generation of rope keys."""
         raw = {key: value for key, value in raw.items() if key not in _INERT_KEYS}
         if rope := raw.pop("rope_parameters", None):
             rope = dict(rope)
@@ -172,7 +174,7 @@ class ModelConfig(Section):
         for nullable in ("n_shared_experts", "num_nextn_predict_layers", "aux_loss_alpha"):
             if nullable in raw and raw[nullable] is None:
                 raw[nullable] = 0
-        return cls.model_validate(raw)
+        return validated(cls, raw)
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The ``config.json`` that ``transformers``, vLLM and SGLang read."""

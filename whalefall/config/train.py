@@ -105,7 +105,7 @@ class BalanceConfig(Section):
 
 
 class EMAConfig(Section):
-    """An average of the parameters, kept on the CPU and updated beside the training (paper 3.2.3)."""
+    """An average of the parameters, kept on the CPU, updated beside the training (paper 3.2.3)."""
 
     enabled: bool = True
     decay: float = Field(0.999, gt=0, lt=1)
@@ -128,7 +128,7 @@ class LoggingConfig(Section):
     every_steps: int = Field(1, gt=0)
     tensorboard: bool = True
     peak_tflops: float | None = Field(None, gt=0)
-    """Peak of the device for the model FLOPs utilisation; null leaves MFU out on unknown devices."""
+    """Peak of the device, for the FLOPs utilisation (MFU); null looks the device's name up."""
 
 
 class RuntimeConfig(Section):

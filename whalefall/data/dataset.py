@@ -62,4 +62,7 @@ class PreparedSummary(Section):
         if not (folder / CARD).is_file():
             raise UserError(f"{folder} is no prepared data set: it has no {CARD}")
         verify_manifest(folder)
-        return validated(cls, json.loads((folder / CARD).read_text()))
+        try:
+            return validated(cls, json.loads((folder / CARD).read_text()))
+        except UserError as error:
+            raise UserError(f"{folder / CARD} is of another version: {error}") from None

@@ -70,12 +70,15 @@ def prepare(
     recipe = validated(Recipe, settings)
     if tokenizer is not None and vocab_size is not None:
         raise UserError("give a tokenizer, or a vocab_size to train one with, not both")
+    if workers is not None and workers < 1:
+        raise UserError(f"workers is {workers}; must be at least 1")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output} exists already: name another folder or remove it")
     with _progress_bar(shown=progress) as bar:
         corpus = _Corpus(inputs, recipe, bar)
         if tokenizer is None:
-            tokenizer = corpus.train_tokenizer(vocab_size or _DEFAULT_VOCABULARY)
+            size = _DEFAULT_VOCABULARY if vocab_size is None else vocab_size
+            tokenizer = corpus.train_tokenizer(size)
         elif isinstance(tokenizer, Path):
             tokenizer = Tokenizer.load(tokenizer)
         encoder = Encoder(tokenizer, recipe)

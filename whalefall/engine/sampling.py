@@ -71,7 +71,7 @@ def keep_top_p(
     probabilities: Float[Tensor, "batch vocab"], top_p: Float[Tensor, "batch"]
 ) -> Float[Tensor, "batch vocab"]:
     """Zero all but the smallest set of most likely tokens whose probabilities reach ``top_p``."""
-    ordered, order = probabilities.sort(-1, descending=True, stable=True)
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     sum_before = ordered.cumsum(-1) - ordered
     ordered = ordered.masked_fill(sum_before >= top_p.unsqueeze(1), 0.0)
     return torch.zeros_like(probabilities).scatter_(-1, order, ordered)

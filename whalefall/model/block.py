@@ -30,10 +30,12 @@ class Attended:
 
 @dataclass(frozen=True)
 class Computed:
-    """After the experts: routed rows still where the experts are, shared output where tokens are."""
+    """After the experts: routed rows where the experts are, the rest where the tokens are."""
 
     routed: Float[Tensor, "pairs hidden"] | None
+    """None in a dense layer."""
     shared: Float[Tensor, "tokens hidden"] | None
+    """Of the shared experts, or of a dense layer as a whole."""
 
 
 class Block(nn.Module):
@@ -49,18 +51,27 @@ class Block(nn.Module):
     def attend(self, x: Float[Tensor, "batch seq hidden"], context: Context) -> Attended:
         residual = x + self.self_attn(self.input_layernorm(x), context)
         normed = self.post_attention_layernorm(residual).flatten(0, 1)
-        return Attended(residual, normed, self.mlp.route(normed))
+        routing = self.mlp.gate(normed) if isinstance(self.mlp, MoE) else None
+        return Attended(residual, normed, routing)
 
     def dispatch(self, attended: Attended) -> Dispatched | None:
-        return self.mlp.dispatch(attended.normed, attended.routing, self.dispatcher)
+        if attended.routing is None:
+            return None
+        return self.dispatcher.dispatch(attended.normed, attended.routing)
 
     def experts(self, attended: Attended, dispatched: Dispatched | None) -> Computed:
-        return Computed(*self.mlp.compute(attended.normed, dispatched))
+        x = attended.normed
+        if isinstance(self.mlp, MLP) or dispatched is None:
+            return Computed(None, self.mlp(x))
+        shared = self.mlp.shared_experts
+        return Computed(self.mlp.experts(dispatched), None if shared is None else shared(x))
 
     def combine(
         self, attended: Attended, dispatched: Dispatched | None, computed: Computed
     ) -> Float[Tensor, "tokens hidden"] | None:
-        return self.mlp.combine(computed.routed, dispatched, attended.routing, self.dispatcher)
+        if attended.routing is None or dispatched is None or computed.routed is None:
+            return None
+        return self.dispatcher.combine(computed.routed, dispatched, attended.routing)
 
     def merge(
         self, attended: Attended, computed: Computed, combined: Tensor | None

@@ -11,13 +11,13 @@ from whalefall.errors import UserError
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Cache bytes a token takes over all layers: 70,272 for V3 in BF16 (arXiv 2505.09343 table 1)."""
+    """Cache bytes of a token over all layers: 70,272 for V3 in BF16 (arXiv 2505.09343, table 1)."""
     return config.num_hidden_layers * config.latent_dim * dtype.itemsize
 
 
 def multi_head_bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> int:
-    """What plain multi-head attention with the same heads would cache: every key and value."""
-    width = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+    """What plain multi-head attention would cache: a key and a value of ``v_head_dim`` a head."""
+    width = 2 * config.num_attention_heads * config.v_head_dim
     return config.num_hidden_layers * width * dtype.itemsize
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -236,10 +235,8 @@ def _read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{folder} is not a Hugging Face folder: it has no config.json")
     try:
         config = ModelConfig.from_folder(folder)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "config"
-        raise UserError(f"{path}: {where}: {first['msg']}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     found = config.quantization_config or FP8_CONFIG

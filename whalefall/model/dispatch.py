@@ -1,7 +1,7 @@
 """How tokens reach their experts: the seam between the network and the machines it runs on."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,7 @@ class Dispatched:
     """The (token, choice) pair behind each row."""
 
 
+@runtime_checkable
 class Dispatcher(Protocol):
     """Stages two and four of a block. A block does not know where its experts live."""
 

@@ -1,8 +1,4 @@
-"""The feed-forward half of a block: one dense SwiGLU, or shared and routed experts (paper 2.1.2).
-
-Both kinds answer the same four questions of a block's stages (route, dispatch, compute, combine),
-so that ``block.py`` has no branch on them.
-"""
+"""The feed-forward half of a block: a dense SwiGLU, or shared and routed experts (paper 2.1.2)."""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +6,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from whalefall.config.model import ModelConfig
-from whalefall.model.dispatch import Dispatched, Dispatcher
-from whalefall.model.router import Router, Routing
+from whalefall.model.dispatch import Dispatched
+from whalefall.model.router import Router
 from whalefall.ops.grouped_linear import grouped_linear
 
 
@@ -27,23 +23,9 @@ class MLP(nn.Module):
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-    def route(self, x: Float[Tensor, "tokens hidden"]) -> None:
-        return None
-
-    def dispatch(self, x: Tensor, routing: None, dispatcher: Dispatcher) -> None:
-        return None
-
-    def compute(self, x: Float[Tensor, "tokens hidden"], dispatched: None) -> tuple[None, Tensor]:
-        return None, self(x)
-
-    def combine(
-        self, routed: None, dispatched: None, routing: None, dispatcher: Dispatcher
-    ) -> None:
-        return None
-
 
 class Experts(nn.Module):
-    """The routed experts, stacked: ``gate_up_proj`` holds each one's gate rows, then its up rows."""
+    """The routed experts, stacked; ``gate_up_proj`` has an expert's gate rows, then its up rows."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -64,30 +46,14 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """DeepSeekMoE: every token goes to the shared experts and to ``top_k`` routed ones."""
+    """DeepSeekMoE: a router, routed experts, and shared experts that every token meets.
+
+    A holder of parts: which runs when is the business of the block's stages.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        if config.n_shared_experts:
-            shared_width = config.n_shared_experts * config.moe_intermediate_size
-            self.shared_experts = MLP(config.hidden_size, shared_width)
-        self.has_shared = config.n_shared_experts > 0
-
-    def route(self, x: Float[Tensor, "tokens hidden"]) -> Routing:
-        return self.gate(x)
-
-    def dispatch(self, x: Tensor, routing: Routing, dispatcher: Dispatcher) -> Dispatched:
-        return dispatcher.dispatch(x, routing)
-
-    def compute(
-        self, x: Float[Tensor, "tokens hidden"], dispatched: Dispatched
-    ) -> tuple[Tensor, Tensor | None]:
-        """The routed experts' rows, and the shared experts' output for every token."""
-        return self.experts(dispatched), self.shared_experts(x) if self.has_shared else None
-
-    def combine(
-        self, routed: Tensor, dispatched: Dispatched, routing: Routing, dispatcher: Dispatcher
-    ) -> Float[Tensor, "tokens hidden"]:
-        return dispatcher.combine(routed, dispatched, routing)
+        width = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = MLP(config.hidden_size, width) if width else None

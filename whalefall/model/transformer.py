@@ -101,11 +101,11 @@ class Transformer(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        return [*self.model.layers[: self.config.num_hidden_layers]]  # type: ignore[list-item]
+        return [*self.model.layers[: self.config.num_hidden_layers]]
 
     @property
     def mtp_modules(self) -> list[MTPModule]:
-        return [*self.model.layers[self.config.num_hidden_layers :]]  # type: ignore[list-item]
+        return [*self.model.layers[self.config.num_hidden_layers :]]
 
     def routers(self) -> list[Router]:
         """Routers in the order of ``expert_loads``."""
@@ -151,7 +151,7 @@ class Transformer(nn.Module):
         main = previous = self.model.norm(x)
         mtp = []
         for depth, module in enumerate(self.mtp_modules if with_mtp else [], start=1):
-            length = min(seq, tokens.shape[1] - depth)
+            length = max(0, min(seq, tokens.shape[1] - depth))
             if length < seq:
                 context = self._context(length, tokens.device, documents)
             ahead = embedded[:, depth : depth + length]

@@ -80,7 +80,7 @@ class _BlockedAttention(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(q, k, v, out, *kept)
         ctx.scale, ctx.causal = scale, mask is None
-        return out.view(batch, heads, queries, -1)
+        return out.unflatten(0, (batch, heads))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -87,7 +87,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("linear_cross_entropy can be differentiated only once")
         (grad_hidden, grad_head), ctx.grads = ctx.grads, None
+        # In place: a second [vocab, hidden] would be the largest tensor of the step.
         for grad in (grad_hidden, grad_head):
             if grad is not None:
-                grad.mul_(grad_sum)  # in place: a second [vocab, hidden] would be the largest tensor
+                grad.mul_(grad_sum)
         return grad_hidden, grad_head, None, None

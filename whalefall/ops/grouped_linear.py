@@ -1,8 +1,9 @@
 """A linear layer per group of rows: the experts' matrix products (paper 2.1.2).
 
 Rows arrive sorted by group; ``ends[g]`` is the row after the last one of group g. On CUDA the
-library's grouped GEMM reads the ends on the device, so nothing waits for the host. Elsewhere a
-loop over the groups that have rows does the same arithmetic.
+library's grouped GEMM reads the ends on the device, so nothing waits for the host; it takes BF16
+whose rows are a multiple of 16 bytes. Elsewhere a loop over the groups that have rows does the
+same arithmetic.
 """
 
 from typing import Any
@@ -19,7 +20,8 @@ def grouped_linear(
     ends: Int[Tensor, "groups"],
 ) -> Float[Tensor, "rows out"]:
     """x[i] @ weight[group of i]^T for every row. Groups may be empty."""
-    if x.is_cuda and x.dtype == torch.bfloat16:
+    aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0
+    if x.is_cuda and x.dtype == torch.bfloat16 and aligned:
         return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
     return _GroupedLinear.apply(x, weight, ends)
 

@@ -33,7 +33,8 @@ def _gather(x: Tensor, order: Tensor, top_k: int) -> Tensor:
 def _gather_sum(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
     row_of_pair = torch.empty_like(order)
     row_of_pair[order] = torch.arange(len(order), device=order.device)
-    return rows.index_select(0, row_of_pair).unflatten(0, (-1, top_k)).sum(1)
+    by_token = rows.index_select(0, row_of_pair).unflatten(0, (len(order) // top_k, top_k))
+    return by_token.sum(1)
 
 
 class _Permute(torch.autograd.Function):
@@ -45,7 +46,8 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gather_sum(grad, *ctx.saved_tensors, ctx.top_k), None, None
+        (order,) = ctx.saved_tensors
+        return _gather_sum(grad, order, ctx.top_k), None, None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -57,4 +59,5 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gather(grad, *ctx.saved_tensors, ctx.top_k), None, None
+        (order,) = ctx.saved_tensors
+        return _gather(grad, order, ctx.top_k), None, None

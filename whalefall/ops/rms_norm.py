@@ -41,7 +41,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         wide, grad = x.to(scale.dtype), grad.to(scale.dtype)
         normed = wide * scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_weight = (grad * normed).reshape(-1, len(weight)).sum(0).to(weight.dtype)
         grad = grad * weight
         along = torch.linalg.vecdot(grad, normed).unsqueeze(-1).div_(x.shape[-1])
         grad_x = torch.addcmul(grad, normed, along, value=-1).mul_(scale)

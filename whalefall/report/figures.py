@@ -77,7 +77,7 @@ def curves(steps: Curve, named: dict[str, Curve], *, unit: str, log: bool = Fals
         if len(named) > 1:
             axes.legend(fontsize=9)
 
-    return _svg(draw, height=2.8)
+    return _svg(draw)
 
 
 def load_map(relative: Float[np.ndarray, "layers experts"], layers: Sequence[str]) -> str:
@@ -100,7 +100,7 @@ def load_map(relative: Float[np.ndarray, "layers experts"], layers: Sequence[str
         every = -(-len(layers) // _MOST_ROW_LABELS)
         axes.set_yticks(range(0, len(layers), every), labels=layers[::every])
 
-    return _svg(draw, height=2.8)
+    return _svg(draw)
 
 
 def _thinned(values: Curve) -> Curve:
@@ -118,10 +118,10 @@ def _smoothed(values: Curve) -> Curve:
     return np.convolve(values, window, mode="same") / counts
 
 
-def _svg(draw: Callable[[Axes], None], *, height: float) -> str:
+def _svg(draw: Callable[[Axes], None]) -> str:
     """Draw on one pair of axes; the ``<svg>`` takes fonts and colours from its page."""
     with rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, height), layout="constrained")
+        figure = Figure(figsize=(5.2, 2.8), layout="constrained")
         draw(figure.add_subplot())
         written = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))

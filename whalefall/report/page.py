@@ -134,20 +134,24 @@ def _balance(model: ModelConfig, steps: Sequence[Step]) -> list[Plot]:
     }
     losses = {"balance loss": [step.balance for step in steps]}
     return [
-        _loads("Load of each expert at the beginning", model, steps[:few]),
-        _loads("Load of each expert at the end", model, steps[-few:]),
+        _loads(model, steps[:few]),
+        _loads(model, steps[-few:]),
         _curves("Largest violation of balance", at, violations, unit="MaxVio"),
-        _curves("Balance loss", at, losses, unit="weighted, nats"),
+        _curves("Balance loss", at, losses, unit="1 is perfect balance"),
     ]
 
 
-def _loads(title: str, model: ModelConfig, steps: Sequence[Step]) -> Plot:
+def _loads(model: ModelConfig, steps: Sequence[Step]) -> Plot:
     relative = np.mean([step.expert_load for step in steps], axis=0) * model.n_routed_experts
     summary = (
-        f"Mean of steps {steps[0].step} to {steps[-1].step}: the least used expert receives "
-        f"{relative.min():.2f} and the most used {relative.max():.2f} times its fair share."
+        f"The least used expert receives {relative.min():.2f} and the most used "
+        f"{relative.max():.2f} times its fair share."
     )
-    return Plot(title, figures.load_map(relative, layer_names(model)), summary)
+    first, last = steps[0].step, steps[-1].step
+    when = f"step {first}" if first == last else f"steps {first} to {last}"
+    return Plot(
+        f"Load of each expert, {when}", figures.load_map(relative, layer_names(model)), summary
+    )
 
 
 def _curves(

@@ -15,14 +15,14 @@ from whalefall.engine.sampling import SamplingParams
 from whalefall.model.transformer import Transformer
 from whalefall.report.records import Sample
 
-_CONTINUED, _FILLED = 2, 1
+_SAMPLES = 3
 _LINES = 10
 _HOLE_LINES = 2
 # Lower than 1, as one samples code: a small network's unlikely tokens are mostly mistakes.
 _TEMPERATURE, _TOP_P = 0.4, 0.95
 
 _FUNCTION = re.compile(r"\s*def \w+\(.*\).*:\n")
-_DOCSTRING = re.compile(r'\s*r?("""|\'\'\')')
+_NOT_CODE = re.compile(r'\s*($|r?("""|\'\'\'))')  # an empty line or a docstring
 
 
 class Excerpt(NamedTuple):
@@ -36,7 +36,7 @@ class Excerpt(NamedTuple):
 def write_samples(
     model: Transformer, tokenizer: Tokenizer, prepared: Path, *, length: int, seed: int = 0
 ) -> list[Sample]:
-    """Continue two held-out documents, and fill the hole in a third.
+    """Continue held-out documents, and fill the hole in the last of them.
 
     Args:
         model: what writes.
@@ -45,13 +45,12 @@ def write_samples(
         length: tokens that prompt, completion and suffix have together at most.
         seed: of what is drawn.
     """
-    wanted = _CONTINUED + (_FILLED if tokenizer.fim_ids else 0)
     documents = heldout_documents(prepared, tokenizer)
-    excerpts = list(islice(filter(None, (excerpt(*each) for each in documents)), wanted))
+    cuts = list(islice(filter(None, (excerpt(*each) for each in documents)), _SAMPLES))
     quarter = length // 4
     titles, prompts, suffixes = [], [], []
-    for number, (name, before, after) in enumerate(excerpts):
-        is_filled = number >= _CONTINUED
+    for number, (name, before, after) in enumerate(cuts, start=1):
+        is_filled = number == len(cuts) and tokenizer.fim_ids is not None
         titles.append(f"{name}, a hole filled" if is_filled else f"{name}, continued")
         prompts.append(_last_tokens(tokenizer, before, quarter if is_filled else 2 * quarter))
         rest = "".join(after[_HOLE_LINES:])
@@ -83,7 +82,7 @@ def excerpt(name: str, text: str) -> Excerpt | None:
     if not cuts:
         return None
     bodies = (
-        at for at in cuts if _FUNCTION.match(lines[at - 1]) and not _DOCSTRING.match(lines[at])
+        at for at in cuts if _FUNCTION.match(lines[at - 1]) and not _NOT_CODE.match(lines[at])
     )
     at = next(bodies, cuts[len(cuts) // 2])
     return Excerpt(name, lines[at - _LINES : at], lines[at : at + _LINES])

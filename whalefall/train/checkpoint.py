@@ -40,7 +40,9 @@ class State:
     """FP32 masters under the parameters' names, and the buffers."""
     optimizer: Mapping[str, Tensor]
     ema: Mapping[str, Tensor] | None
-    heldout_bits_per_byte: float | None = None
+    tokenizer: str
+    """Fingerprint of the tokenizer that made the data."""
+    heldout_bits_per_byte: float | None
     """Of the last evaluation; for the reader."""
 
 
@@ -56,6 +58,8 @@ class CheckpointWriter:
         self._keep = keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        for leftover in self._folder.glob(".step-*"):  # of a writer that was killed
+            shutil.rmtree(leftover)
 
     def save(self, state: State) -> None:
         """Copy ``state`` to the CPU now, and write it while training goes on.
@@ -140,6 +144,7 @@ def load(folder: Path, config: TrainConfig) -> State:
         load_file(folder / "model.safetensors"),
         load_file(folder / "optimizer.safetensors"),
         load_file(average) if average.is_file() else None,
+        raw["tokenizer"],
         raw["heldout_bits_per_byte"],
     )
 
@@ -180,6 +185,7 @@ def _advice(folders: list[Path]) -> str:
 def _describe(state: State) -> dict[str, Any]:
     return {
         "position": asdict(state.position),
+        "tokenizer": state.tokenizer,
         "heldout_bits_per_byte": state.heldout_bits_per_byte,
         "config": state.config.model_dump(mode="json"),
         "versions": {"torch": torch.__version__},

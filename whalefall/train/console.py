@@ -1,5 +1,6 @@
 """The run as a person watches it: a live line in a terminal, plain lines elsewhere."""
 
+import math
 from datetime import timedelta
 
 from rich.console import Console
@@ -41,16 +42,16 @@ class ConsoleSink:
 
     def _describe(self, record: Record) -> str:
         tokens_left = max(0.0, self._total_tokens - record["tokens"])
-        step_tokens = record["tokens_per_second"] * record["seconds"]
+        step_tokens = round(record["tokens_per_second"] * record["seconds"])
         # Exact while the batch is constant, an estimate while it ramps up.
-        last_step = record["step"] + round(tokens_left / step_tokens + 0.4999)
+        last_step = record["step"] + math.ceil(tokens_left / step_tokens)
         left = timedelta(seconds=round(tokens_left / record["tokens_per_second"]))
         parts = [
             f"step {record['step']}/{last_step}",
             f"loss {record['loss']:.4f}",
             self._heldout,
             f"{record['tokens_per_second']:,.0f} tokens/s",
-            f"MaxVio {max(record['max_violation'], default=0.0):.2f}",
+            f"MaxVio {max(record['max_violation']):.2f}" if record["max_violation"] else "",
             f"lr {record['learning_rate']:.2e}",
             f"{left} left",
         ]

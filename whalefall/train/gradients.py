@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from whalefall.data.loader import Batch
-from whalefall.model.loss import training_loss
+from whalefall.model.loss import BatchSize, count_targets, training_loss
 from whalefall.model.transformer import Transformer
 
 
@@ -18,19 +18,14 @@ class StepLosses:
     """The losses of a step's micro-batches, and where its tokens went."""
 
     parts: dict[str, list[float]]
-    """By name (``main``, ``mtp 1``, ..., ``balance``, ``loss``), a value for each micro-batch."""
-    shares: list[float]
-    """What each micro-batch weighs; they add up to 1."""
+    """By name (``main``, ``mtp 1``, ..., ``balance``, ``loss``), what each micro-batch adds."""
     expert_loads: Int[Tensor, "layers experts"]
 
     def record(self) -> dict[str, float | list[float]]:
         """The losses of the whole batch: loss, main, mtp (a list over the depths) and balance."""
-        mean = {
-            part: sum(share * value for share, value in zip(self.shares, values, strict=True))
-            for part, values in self.parts.items()
-        }
-        mtp = [value for part, value in mean.items() if part.startswith("mtp")]
-        return {"loss": mean["loss"], "main": mean["main"], "mtp": mtp, "balance": mean["balance"]}
+        sums = {part: sum(values) for part, values in self.parts.items()}
+        mtp = [value for part, value in sums.items() if part.startswith("mtp")]
+        return {"loss": sums["loss"], "main": sums["main"], "mtp": mtp, "balance": sums["balance"]}
 
     def not_finite(self) -> tuple[str, int] | None:
         """The first part that is NaN or infinite, and its micro-batch."""
@@ -50,15 +45,14 @@ def accumulate_gradients(
 ) -> StepLosses:
     """Add the gradients of the whole batch's loss to the parameters, a micro-batch at a time.
 
-    A micro-batch weighs what it has of the batch's next-token targets, which is its share of the
-    rows unless sample masks leave rows with different numbers of targets. The device is waited for
-    once, at the end.
+    The device is waited for once, at the end.
     """
-    device = model.lm_head.weight.device
-    targets = [_count_targets(batch, len(model.mtp_modules)) for batch in micro_batches]
-    shares = [count / max(1, sum(targets)) for count in targets]
+    device, depths = model.lm_head.weight.device, len(model.mtp_modules)
+    targets = [count_targets(batch.tokens, batch.documents, depths) for batch in micro_batches]
+    rows = sum(len(batch.tokens) for batch in micro_batches)
+    size = BatchSize(rows, [sum(counts) for counts in zip(*targets, strict=True)])
     values, loads = [], []
-    for batch, share in zip(micro_batches, shares, strict=True):
+    for batch in micro_batches:
         documents = batch.documents
         losses = training_loss(
             model,
@@ -66,19 +60,12 @@ def accumulate_gradients(
             mtp_weight=mtp_weight,
             sequence_alpha=sequence_alpha,
             documents=None if documents is None else documents.to(device, non_blocking=True),
+            size=size,
         )
-        (losses.total * share).backward()
+        losses.total.backward()
         parts = [losses.main, *losses.mtp, losses.balance, losses.total.detach()]
         values.append(torch.stack(parts))
         loads.append(losses.expert_loads)
-    names = ["main", *(f"mtp {k + 1}" for k in range(len(losses.mtp))), "balance", "loss"]
+    names = ["main", *(f"mtp {depth}" for depth in range(1, depths + 1)), "balance", "loss"]
     by_part = torch.stack(values, dim=1).tolist()
-    return StepLosses(dict(zip(names, by_part, strict=True)), shares, torch.stack(loads).sum(0))
-
-
-def _count_targets(batch: Batch, depths: int) -> int:
-    seq = batch.tokens.shape[1] - 1 - depths
-    if batch.documents is None:
-        return len(batch.tokens) * seq
-    documents = batch.documents[:, : seq + 1]
-    return int((documents[:, 1:] == documents[:, :-1]).sum())
+    return StepLosses(dict(zip(names, by_part, strict=True)), torch.stack(loads).sum(0))

@@ -52,7 +52,7 @@ class AdamW:
         A norm that is not finite leaves everything as it was, the gradients too.
         """
         gradients = self.gradients()
-        norm = torch.nn.utils.get_total_norm(gradients.values())
+        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
         if not math.isfinite(value := norm.item()):
             return value
         self.steps += 1

@@ -1,4 +1,4 @@
-"""The training loop. ``Trainer.run`` reads top to bottom; what a step does is in ``step``.
+"""The training loop. ``Trainer.run`` reads top to bottom; what a step does is in ``_step``.
 
 A step is a function of the configuration and its ``Position``: which rows, how many, and every
 scheduled number. A run that is killed and started again goes on from its last checkpoint with the
@@ -94,7 +94,6 @@ class Trainer:
         config.output.mkdir(parents=True, exist_ok=True)
         save_config(config, config.output / "config.yaml")
         self.loader.tokenizer.save(config.output)
-        self._writer = CheckpointWriter(config.output, config.checkpoint.keep)
         self._saved_step = None if folder is None else self.position.step
         self._speed = Speed(config, self.device)
         self._given_sinks = sinks
@@ -103,24 +102,29 @@ class Trainer:
         """Train until the tokens are used up, the time is over, or a signal asks to stop."""
         config = self.config
         deadline = time.monotonic() + 60 * (config.runtime.max_minutes or math.inf)
-        with closing(self._sinks()) as self._metrics, self._writer, stop_requests() as asked:
+        with (
+            closing(self._sinks()) as self._metrics,
+            CheckpointWriter(config.output, config.checkpoint.keep) as self._writer,
+            stop_requests() as asked,
+        ):
             while (stopped := self._reason_to_stop(deadline, asked())) is None:
-                self.step()
+                self._step()
                 if self._is_due(config.evaluation.every_steps):
-                    self.evaluate()
+                    self._evaluate()
                 if self._is_due(config.checkpoint.every_steps):
-                    self.save()
+                    self._save()
             if self._saved_step != self.position.step:
-                self.save()
+                self._save()
         return TrainResult(
             self.position.step, self.position.tokens, self._heldout_score, config.output, stopped
         )
 
-    def step(self) -> None:
+    def _step(self) -> None:
         """One optimizer step: a function of the configuration and the position."""
         began = time.perf_counter()
         schedule, position = self.config.schedule, self.position
-        batches = self._micro_batches(batch_rows(schedule, position))
+        rows = batch_rows(schedule, position)
+        batches = self._micro_batches(rows)
         losses = accumulate_gradients(
             self.model,
             batches,
@@ -137,7 +141,6 @@ class Trainer:
 
         loads = sum_over_ranks(losses.expert_loads)
         update_biases(self.model.routers(), loads, bias_update_speed(schedule, position))
-        rows = sum(len(batch.tokens) for batch in batches)
         self.position = advance(position, rows, self.config.data.sequence_length)
         if self.ema is not None and self.position.step % self.config.ema.every_steps == 0:
             self.ema.update()
@@ -157,7 +160,7 @@ class Trainer:
                 }
             )
 
-    def evaluate(self) -> None:
+    def _evaluate(self) -> None:
         """Score the held-out rows with the weights, and with their average where there is one."""
         scores = {"heldout_bits_per_byte": self._score_heldout()}
         if self.ema is not None:
@@ -166,7 +169,7 @@ class Trainer:
         self._heldout_score = scores["heldout_bits_per_byte"]
         self._metrics.write({"step": self.position.step, "tokens": self.position.tokens, **scores})
 
-    def save(self) -> None:
+    def _save(self) -> None:
         """Take a checkpoint of this position; it is written while training goes on."""
         self._writer.save(
             State(
@@ -176,12 +179,18 @@ class Trainer:
                 {**self.model.state_dict(), **self.optimizer.masters},
                 self.optimizer.state_dict(),
                 None if self.ema is None else self.ema.state_dict(),
+                self.loader.tokenizer.fingerprint,
                 self._heldout_score,
             )
         )
         self._saved_step = self.position.step
 
     def _restore(self, state: State) -> None:
+        if state.tokenizer != self.loader.tokenizer.fingerprint:
+            raise UserError(
+                f"cannot resume {self.config.output}: its tokenizer is not the one that "
+                f"{self.config.data.sources[0].path} is prepared with now"
+            )
         self.model.load_state_dict(state.model)
         self.optimizer.load_state_dict(state.model, state.optimizer)
         if self.ema is not None:

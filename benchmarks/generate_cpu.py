@@ -1,0 +1,154 @@
+"""Generation speed on the CPU, one sequence, greedy: us beside `transformers`.
+
+    python benchmarks/generate_cpu.py --json benchmarks/results/generate_cpu.json
+
+Both have the same random weights and must write the same tokens. `transformers` runs with each of
+its settings; the ratio is to the fastest.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import alternate, peer_model, write_result
+from rich.console import Console
+from rich.table import Table
+
+from whalefall.config.model import ModelConfig
+from whalefall.engine.generate import Request, decode
+from whalefall.engine.sampling import SamplingParams
+from whalefall.model.transformer import Transformer
+
+QUICKSTART = ModelConfig(
+    vocab_size=4096,
+    hidden_size=256,
+    num_hidden_layers=6,
+    first_k_dense_replace=1,
+    intermediate_size=704,
+    num_attention_heads=4,
+    q_lora_rank=128,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    n_routed_experts=16,
+    n_shared_experts=1,
+    num_experts_per_tok=4,
+    n_group=4,
+    topk_group=2,
+    moe_intermediate_size=96,
+    initializer_range=0.02,
+    max_position_embeddings=512,
+)
+LARGER = QUICKSTART.model_copy(
+    update={
+        "vocab_size": 16384,
+        "hidden_size": 512,
+        "num_hidden_layers": 12,
+        "intermediate_size": 1408,
+        "num_attention_heads": 8,
+        "q_lora_rank": 256,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "n_group": 8,
+        "topk_group": 4,
+        "moe_intermediate_size": 192,
+    }
+)
+CONFIGS = {"quickstart": QUICKSTART, "larger": LARGER}
+
+PEER_SETTINGS: dict[str, dict[str, Any]] = {
+    "eager attention": {"attention": "eager"},
+    "SDPA": {"attention": "sdpa"},
+    "SDPA, static cache": {"attention": "sdpa", "cache_implementation": "static"},
+}
+
+
+def our_run(model: Transformer, prompt: list[int], new_tokens: int) -> list[int]:
+    request = Request(prompt, SamplingParams(max_tokens=new_tokens, temperature=0))
+    for _ in decode(model, [request]):
+        pass
+    return request.tokens
+
+
+def peer_runs(
+    model: Transformer, prompt: list[int], new_tokens: int
+) -> dict[str, Callable[[], list[int]]]:
+    peer = peer_model(model)
+    # No end token, and nothing that looks for one.
+    peer.generation_config.eos_token_id = None
+    inputs = torch.tensor([prompt])
+
+    def run(attention: str, **options: Any) -> list[int]:
+        peer.set_attn_implementation(attention)
+        output = peer.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            **options,
+        )
+        return output[0, len(prompt) :].tolist()
+
+    return {
+        f"transformers, {name}": partial(run, **options) for name, options in PEER_SETTINGS.items()
+    }
+
+
+def compare(config: ModelConfig, options: argparse.Namespace) -> dict[str, float]:
+    """Tokens a second of each, the prompt's time included."""
+    model = Transformer.create(config)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(config.vocab_size, (options.prompt,), generator=generator).tolist()
+    contenders = {
+        "whalefall": partial(our_run, model, prompt, options.new),
+        **peer_runs(model, prompt, options.new),
+    }
+    written = {name: run() for name, run in contenders.items()}
+    for name, tokens in written.items():
+        if tokens != written["whalefall"]:
+            raise SystemExit(f"{name} wrote other tokens than whalefall: not the same network")
+    seconds = alternate(contenders, options.rounds)
+    return {name: options.new / median for name, median in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
+    parser.add_argument("--new", type=int, default=128, help="tokens to generate")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    table = Table("network", "", "tokens/s", "whalefall is faster by")
+    rows = []
+    for name, config in CONFIGS.items():
+        speeds = compare(config, options)
+        for contender, speed in speeds.items():
+            ratio = speeds["whalefall"] / speed
+            table.add_row(name, contender, f"{speed:.1f}", f"{ratio:.2f}")
+        fastest_peer = max(speed for peer, speed in speeds.items() if peer != "whalefall")
+        rows.append(
+            {
+                "network": name,
+                "tokens_per_second": {who: round(speed, 1) for who, speed in speeds.items()},
+                "ratio_to_fastest_peer": round(speeds["whalefall"] / fastest_peer, 2),
+            }
+        )
+    Console().print(table)
+    if options.json:
+        work = {"prompt_tokens": options.prompt, "new_tokens": options.new}
+        write_result(options.json, {**work, "rounds": options.rounds, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Training speed on one GPU: us and `transformers`, the bench-6b network, random tokens, BF16.
+
+    python benchmarks/train_gpu.py [--rows 4] [--steps 8] [--rounds 2] [--json PATH]
+
+Every measurement is a process of its own (the networks do not fit side by side), and the rounds
+alternate. MTP is off, because the peer trains none. "same types" updates BF16 weights and moments
+with torch's fused AdamW, as the peer does; "FP32 masters" is our default.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import environment, write_result
+
+from whalefall.config.load import load_config
+from whalefall.config.model import ModelConfig
+from whalefall.config.train import OptimizerConfig
+from whalefall.model.loss import training_loss
+from whalefall.model.transformer import Transformer
+from whalefall.train.metrics import flops_per_token
+from whalefall.train.optimizer import AdamW
+
+CONTENDERS = {
+    "ours": "whalefall, same types as transformers",
+    "ours-masters": "whalefall, FP32 masters (our default)",
+    "peer": "transformers, grouped_mm experts",
+    "peer-compiled": "transformers, grouped_mm experts, compiled",
+}
+PEAK = 990e12
+"""Dense BF16 FLOPS of an H100 or H200."""
+
+
+def network() -> ModelConfig:
+    return load_config("bench-6b").model.model_copy(update={"num_nextn_predict_layers": 0})
+
+
+def our_step(config: ModelConfig, *, masters: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    model = Transformer.create(config, device="cuda", dtype=torch.bfloat16)
+    if masters:
+        ours = AdamW(model.named_parameters(), OptimizerConfig())
+    else:
+        theirs = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step(tokens: torch.Tensor) -> torch.Tensor:
+        losses = training_loss(model, tokens, mtp_weight=0.0, sequence_alpha=1e-4)
+        losses.total.backward()
+        if masters:
+            ours.step(1e-5)
+        else:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            theirs.step()
+            theirs.zero_grad()
+        return losses.main
+
+    return step
+
+
+def peer_step(config: ModelConfig, *, compiled: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    from transformers import AutoModelForCausalLM, DeepseekV3Config
+
+    raw = {key: value for key, value in config.to_hf().items() if key != "architectures"}
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(
+            DeepseekV3Config(**raw), dtype=torch.bfloat16, experts_implementation="grouped_mm"
+        )
+    model.train()
+    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step(tokens: torch.Tensor) -> torch.Tensor:
+        inputs = tokens[:, :-1]
+        loss = forward(input_ids=inputs, labels=inputs, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+def measure(contender: str, rows: int, sequence: int, steps: int) -> dict[str, float]:
+    """Median tokens/s of single steps after three warm-ups, and the peak of allocated memory."""
+    config = network()
+    if contender.startswith("ours"):
+        step = our_step(config, masters=contender == "ours-masters")
+    else:
+        step = peer_step(config, compiled=contender == "peer-compiled")
+    seconds, loss = [], torch.zeros(())
+    for index in range(3 + steps):
+        tokens = torch.randint(config.vocab_size, (rows, sequence + 1), device="cuda")
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        loss = step(tokens)
+        torch.cuda.synchronize()
+        if index >= 3:
+            seconds.append(time.perf_counter() - began)
+    speed = rows * sequence / statistics.median(seconds)
+    return {
+        "tokens_per_second": round(speed),
+        "mfu_percent": round(100 * speed * flops_per_token(config, sequence) / PEAK, 1),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+        "loss": round(loss.item(), 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--sequence", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(measure(args.worker, args.rows, args.sequence, args.steps)))
+        return
+    shared = ["--rows", args.rows, "--sequence", args.sequence, "--steps", args.steps]
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in args.contenders}
+    for _ in range(args.rounds):
+        for name in args.contenders:
+            command = [sys.executable, __file__, "--worker", name, *map(str, shared)]
+            run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode:
+                last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+                print(f"{CONTENDERS[name]:45} failed: {last[:200]}", flush=True)
+                continue
+            results[name].append(json.loads(run.stdout.splitlines()[-1]))
+            print(f"{CONTENDERS[name]:45} {results[name][-1]}", flush=True)
+    rows = [
+        {"contender": CONTENDERS[name], **max(found, key=lambda row: row["tokens_per_second"])}
+        for name, found in results.items()
+        if found
+    ]
+    if args.json:
+        write_result(args.json, environment(), rows)
+
+
+if __name__ == "__main__":
+    main()
