@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import environment, write_result
+from common import write_result
 
 from whalefall.config.load import load_config
 from whalefall.config.model import ModelConfig
@@ -142,7 +142,7 @@ def main() -> None:
         if found
     ]
     if args.json:
-        write_result(args.json, environment(), rows)
+        write_result(args.json, {"results": rows})
 
 
 if __name__ == "__main__":

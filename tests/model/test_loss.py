@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from whalefall.config.model import ModelConfig
-from whalefall.model.loss import Losses, token_losses, training_loss
+from whalefall.model.loss import (
+    BatchSize,
+    Losses,
+    count_targets,
+    token_losses,
+    training_loss,
+)
 from whalefall.model.transformer import Transformer
 
 BATCH, SEQ = 2, 7
@@ -171,6 +177,38 @@ def test_a_row_without_any_target_is_zero_and_not_nan(tiny_config: ModelConfig) 
     losses.total.backward()
     assert losses.total == losses.main == losses.mtp[0] == 0
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_micro_batches_add_up_to_the_batch(tiny_config: ModelConfig, masked: bool) -> None:
+    """Also where their rows have unequal numbers of targets, and one of them none at all."""
+    model = network(tiny_config, num_nextn_predict_layers=2)
+    tokens = rows(2, batch=4)
+    borders = [[10], [4, 1, 5], [1] * 10, [9, 1]]
+    documents = torch.cat([documents_of(lengths) for lengths in borders]) if masked else None
+    size = BatchSize(4, count_targets(tokens, documents, depths=2))
+    whole = loss_of(model, tokens, documents=documents)
+    parts = [
+        loss_of(model, tokens[part], documents=documents[part] if masked else None, size=size)
+        for part in (slice(0, 2), slice(2, 3), slice(3, 4))
+    ]
+    for name in ("total", "main", "balance", "expert_loads"):
+        total = sum(getattr(part, name) for part in parts)
+        torch.testing.assert_close(total, getattr(whole, name), **CLOSE)
+    for depth, expected in enumerate(whole.mtp):
+        torch.testing.assert_close(sum(part.mtp[depth] for part in parts), expected, **CLOSE)
+    parameters = list(model.parameters())
+    right = torch.autograd.grad(whole.total, parameters)
+    own = torch.autograd.grad(sum(part.total for part in parts), parameters)
+    for one, other in zip(own, right, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_targets_are_counted_by_distance() -> None:
+    """As in ``test_no_target_lies_in_another_document``: 5, 4 and 3 of the seven positions."""
+    tokens = rows(2, batch=1)
+    assert count_targets(tokens, documents_of([4, 1, 5]), depths=2) == [5, 4, 3]
+    assert count_targets(tokens, None, depths=2) == [7, 7, 7]
 
 
 def test_only_the_total_carries_gradients(tiny_config: ModelConfig) -> None:

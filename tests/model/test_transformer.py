@@ -149,6 +149,16 @@ def test_a_bf16_network_keeps_fp32_router_biases(tiny_config: ModelConfig) -> No
     assert {r.e_score_correction_bias.dtype for r in model.routers()} == {torch.float32}
 
 
+def test_a_cast_keeps_fp32_router_biases(tiny_config: ModelConfig) -> None:
+    model = Transformer.create(tiny_config)
+    for router in model.routers():
+        router.e_score_correction_bias.fill_(0.3001)  # BF16 has 0.2988 and 0.3008 there
+    model.to(torch.bfloat16)
+    for router in model.routers():
+        assert router.weight.dtype == torch.bfloat16
+        assert torch.equal(router.e_score_correction_bias, torch.full((8,), 0.3001))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_parameter_learns(tiny_config: ModelConfig, dtype: torch.dtype) -> None:
     model = Transformer.create(tiny_config, dtype=dtype)

@@ -92,6 +92,26 @@ def test_the_plain_reference_is_the_definition() -> None:
     torch.testing.assert_close(reference(*inputs, scale=0.37, mask=causal()), expected)
 
 
+@pytest.mark.parametrize("sharpness", [1.0, 4.0])
+def test_bfloat16_scores_are_fp32(sharpness: float) -> None:
+    """Only inputs and results are BF16; scores of that precision would be ten times as far off."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 2, 200, width, generator=generator).bfloat16().requires_grad_()
+        for width in (192, 192, 128)
+    )
+    scale = sharpness * 192**-0.5
+    own = attention(q, k, v, scale=scale)
+    right = reference(q.double(), k.double(), v.double(), scale=scale)
+    assert own.dtype == torch.bfloat16
+    assert (own - right).norm() < 2**-8 * right.norm()
+    outer = torch.randn(own.shape, generator=generator).bfloat16()
+    grads = torch.autograd.grad(right, (q, k, v), outer.double())
+    for one, other in zip(torch.autograd.grad(own, (q, k, v), outer), grads, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one - other).double().norm() < 2**-8 * other.double().norm()
+
+
 def test_the_scale_is_inside_the_softmax() -> None:
     # One query, keys 1 and 0, values 1 and 0: the output is sigmoid(scale).
     q, k = torch.ones(1, 1, 1, 1), torch.tensor([1.0, 0.0]).view(1, 1, 2, 1)

@@ -90,11 +90,12 @@ def test_one_side_may_be_frozen(trained: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", [[17, 0, 3, 44], [0, 64, 0], [0, 0, 0]])
-def test_the_cuda_kernel_agrees_and_leaves_empty_groups_zero(sizes: list[int]) -> None:
+@pytest.mark.parametrize("width", [64, 60], ids=["aligned", "unaligned"])
+def test_cuda_agrees_and_leaves_empty_groups_zero(sizes: list[int], width: int) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     like = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
-    x = torch.randn(sum(sizes), 64, **like).requires_grad_()
-    weight = torch.randn(len(sizes), 32, 64, **like).requires_grad_()
+    x = torch.randn(sum(sizes), width, **like).requires_grad_()
+    weight = torch.randn(len(sizes), 32, width, **like).requires_grad_()
     ends = torch.tensor(sizes, device="cuda").cumsum(0).to(torch.int32)
     own = grouped_linear(x, weight, ends)
     right = reference(x.double(), weight.double(), ends)

@@ -128,8 +128,8 @@ class LatentAttention(nn.Module):
         q = torch.cat([folded, q_rope], -1).flatten(1, 2)
         scores = torch.bmm(q, latent.transpose(1, 2)).mul_(self.scale)
         if mask is not None:
-            hidden_keys = ~mask.transpose(1, 2).expand(-1, -1, heads, -1).flatten(1, 2)
-            scores = scores.masked_fill_(hidden_keys, float("-inf"))
+            by_query = scores.unflatten(1, (seq, heads))
+            by_query.masked_fill_(~mask.transpose(1, 2), float("-inf"))
         probabilities = scores.softmax(-1, dtype=torch.float32).to(latent.dtype)
         mixed = torch.bmm(probabilities, latent[..., : config.kv_lora_rank])
         by_head = mixed.unflatten(1, (seq, heads)).permute(2, 0, 1, 3).flatten(1, 2)

@@ -63,9 +63,13 @@ class LatentCache:
         return starts.unsqueeze(1) + torch.arange(new, device=self.latents.device)
 
     def mask(self, positions: Int[Tensor, "batch new"]) -> Bool[Tensor, "batch new keys"] | None:
-        """Which cached tokens each new one sees; None where it is all of them."""
+        """Which cached tokens each new one sees.
+
+        None for the first tokens of an empty cache, which is plain causality, and for one token of
+        equally long rows, which sees all.
+        """
         new = positions.shape[1]
-        if new == 1 and min(self.lengths) == max(self.lengths):
+        if max(self.lengths) == 0 or (new == 1 and min(self.lengths) == max(self.lengths)):
             return None
         keys = torch.arange(max(self.lengths) + new, device=positions.device)
         return keys <= positions.unsqueeze(-1)

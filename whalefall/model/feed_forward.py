@@ -9,6 +9,7 @@ from whalefall.config.model import ModelConfig
 from whalefall.model.dispatch import Dispatched
 from whalefall.model.router import Router
 from whalefall.ops.grouped_linear import grouped_linear
+from whalefall.ops.swiglu import swiglu
 
 
 class MLP(nn.Module):
@@ -40,9 +41,9 @@ class Experts(nn.Module):
         The weight goes before the last projection, which is linear: the product is narrower
         there, and the backward pass needs no copy of the output.
         """
-        gate, up = grouped_linear(dispatched.rows, self.gate_up_proj, dispatched.ends).chunk(2, -1)
-        weights = dispatched.weights.unsqueeze(1).to(gate.dtype)
-        return grouped_linear(F.silu(gate) * up * weights, self.down_proj, dispatched.ends)
+        gate_up = grouped_linear(dispatched.rows, self.gate_up_proj, dispatched.ends)
+        activated = swiglu(gate_up, dispatched.weights)
+        return grouped_linear(activated, self.down_proj, dispatched.ends)
 
 
 class MoE(nn.Module):

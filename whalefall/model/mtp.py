@@ -24,9 +24,9 @@ class MTPModule(Block):
     """Depth k: predicts token i+k+1 from h_i^(k-1) and the embedding of token i+k (eq. 21-23).
 
     Equation 21 writes [h; emb]; the published checkpoint stores ``eh_proj`` for [emb; h], and that
-    order is kept. ``previous`` is the representation that the depth before hands to the head: after
-    the final norm for depth 1 and after this module's own for the next, as the published weights
-    expect.
+    order is kept. ``previous`` is what the depth before hands to the head: the main model's
+    representation after the final norm, which the published weights expect, then each module's
+    after its ``shared_head.norm``, as in ``transformers``.
     """
 
     def __init__(self, config: ModelConfig, layer: int, dispatcher: Dispatcher):

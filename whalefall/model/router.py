@@ -4,7 +4,9 @@ Paper 2.1.2, equations 12 to 20. Balance comes from the bias (``train/balance.py
 each step); the sequence-wise loss is a small complement within single sequences.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +40,17 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)
         self.e_score_correction_bias: Tensor
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Cast with the network, the bias stays FP32: BF16 would lose its steps of 0.001."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias.dtype != bias.dtype:
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
+
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Routing:
         scores = F.linear(x.float(), self.weight.float()).sigmoid()
-        experts = self._choose(scores.detach() + self.e_score_correction_bias.float())
+        experts = self._choose(scores.detach() + self.e_score_correction_bias)
         weights = scores.gather(1, experts)
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(1, keepdim=True) + 1e-20)

@@ -53,7 +53,7 @@ class Backbone(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole network. ``Transformer.create`` makes one with initialised weights."""
+    """The whole network. The constructor leaves its weights unset; ``create`` initialises them."""
 
     def __init__(self, config: ModelConfig, dispatcher: Dispatcher | None = None):
         super().__init__()
@@ -177,8 +177,9 @@ class Transformer(nn.Module):
 
     def rotation(self, positions: Int[Tensor, "*batch seq"]) -> Tensor:
         """The rotary turns of these positions (complex, one a pair of dimensions)."""
-        config, scale = self.config, 1.0
-        frequencies = inverse_frequencies(config.qk_rope_head_dim, config.rope_theta)
+        # Made on the device: a copy from the host would wait for it.
+        config, scale, device = self.config, 1.0, positions.device
+        frequencies = inverse_frequencies(config.qk_rope_head_dim, config.rope_theta, device)
         if (yarn := config.rope_scaling) is not None:
             frequencies = yarn_frequencies(
                 config.qk_rope_head_dim,
@@ -187,11 +188,12 @@ class Transformer(nn.Module):
                 original_length=yarn.original_max_position_embeddings,
                 beta_fast=yarn.beta_fast,
                 beta_slow=yarn.beta_slow,
+                device=device,
             )
             # 1 where mscale equals mscale_all_dim, as in V3: the softmax scale has it all.
             scale = yarn_mscale(yarn.factor, yarn.mscale)
             scale /= yarn_mscale(yarn.factor, yarn.mscale_all_dim)
-        return rotations(positions, frequencies.to(positions.device), scale)
+        return rotations(positions, frequencies, scale)
 
     def _context(self, seq: int, device: torch.device, documents: Tensor | None) -> Context:
         positions = torch.arange(seq, device=device).unsqueeze(0)

@@ -63,7 +63,10 @@ class _BlockedAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
     ) -> Tensor:
         batch, heads, queries, _ = q.shape
-        q, k, v = (x.reshape(batch * heads, *x.shape[2:]) for x in (q, k, v))
+        given = q.dtype
+        # Scores and probabilities are FP32 at least, as in every fused kernel.
+        wide = torch.promote_types(given, torch.float32)
+        q, k, v = (x.reshape(batch * heads, *x.shape[2:]).to(wide) for x in (q, k, v))
         out = q.new_empty(batch * heads, queries, v.shape[-1])
         kept = []
         for block, seen in _blocks(queries, k.shape[1], causal=mask is None):
@@ -80,13 +83,14 @@ class _BlockedAttention(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(q, k, v, out, *kept)
         ctx.scale, ctx.causal = scale, mask is None
-        return out.unflatten(0, (batch, heads))
+        ctx.given = given
+        return out.unflatten(0, (batch, heads)).to(given)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *kept = ctx.saved_tensors
         batch_heads = grad.shape[:2]
-        grad = grad.reshape(out.shape)
+        grad = grad.reshape(out.shape).to(out.dtype)
         drift = (grad * out).sum(-1, keepdim=True)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         blocks = _blocks(q.shape[1], k.shape[1], causal=ctx.causal)
@@ -97,7 +101,7 @@ class _BlockedAttention(torch.autograd.Function):
             torch.bmm(grad_scores, k[:, seen], out=grad_q[:, block])
             grad_k[:, seen].baddbmm_(grad_scores.transpose(1, 2), q[:, block])
         grads = (grad_q.mul_(ctx.scale), grad_k.mul_(ctx.scale), grad_v)
-        return *(x.unflatten(0, batch_heads) for x in grads), None, None
+        return *(x.unflatten(0, batch_heads).to(ctx.given) for x in grads), None, None
 
 
 def _blocks(queries: int, keys: int, *, causal: bool) -> list[tuple[slice, slice]]:

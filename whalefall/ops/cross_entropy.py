@@ -53,7 +53,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_head = torch.zeros_like(head) if needs_head else None
+        # Collected in FP32: rounding to BF16 after every chunk would add up.
+        wide = torch.promote_types(head.dtype, torch.float32)
+        grad_head = torch.zeros_like(head, dtype=wide) if needs_head else None
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         rows = max(1, CHUNK_LOGITS // len(head))
         for start in range(0, len(hidden), rows):
@@ -66,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chosen = logits.gather(1, column).squeeze(1)
             # One exponential a logit serves the normalizer and the softmax, where the logits were.
             normalizer = logits.exp_().sum(1)
-            nll[chunk] = (normalizer.log() - chosen) * counted
+            nll[chunk] = (normalizer.log() - chosen).where(counted, 0.0)
             if not (needs_hidden or needs_head):
                 continue
             # d nll / d logits = softmax - one_hot.
@@ -76,8 +78,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, head, out=grad_hidden[chunk])
-            if grad_head is not None:
+            if grad_head is not None and grad_head.dtype == x.dtype:
                 grad_head.addmm_(grad.T, x)
+            elif grad_head is not None:
+                grad_head += grad.T @ x
         ctx.grads = (grad_hidden, grad_head)
         ctx.mark_non_differentiable(nll)
         return (nll * token_weights).sum(), nll

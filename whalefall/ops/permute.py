@@ -8,6 +8,7 @@ result is the same from run to run, which scattering with atomics is not.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -33,8 +34,8 @@ def _gather(x: Tensor, order: Tensor, top_k: int) -> Tensor:
 def _gather_sum(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
     row_of_pair = torch.empty_like(order)
     row_of_pair[order] = torch.arange(len(order), device=order.device)
-    by_token = rows.index_select(0, row_of_pair).unflatten(0, (len(order) // top_k, top_k))
-    return by_token.sum(1)
+    # A bag of rows is gathered and summed in one pass, without a copy of [pairs, hidden].
+    return F.embedding_bag(row_of_pair.view(len(order) // top_k, top_k), rows, mode="sum")
 
 
 class _Permute(torch.autograd.Function):

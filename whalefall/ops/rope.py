@@ -7,9 +7,11 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 
-def inverse_frequencies(dim: int, theta: float) -> Float[Tensor, "half"]:
+def inverse_frequencies(
+    dim: int, theta: float, device: torch.device | str = "cpu"
+) -> Float[Tensor, "half"]:
     """theta^(-2i/dim) for each pair i, in radians a position."""
-    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
 
 def yarn_frequencies(
@@ -20,6 +22,7 @@ def yarn_frequencies(
     original_length: int,
     beta_fast: float,
     beta_slow: float,
+    device: torch.device | str = "cpu",
 ) -> Float[Tensor, "half"]:
     """Inverse frequencies interpolated by YaRN (arXiv 2309.00071, section 3.2).
 
@@ -33,9 +36,10 @@ def yarn_frequencies(
 
     low = max(math.floor(pair_that_turns(beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(beta_slow)), dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    index = torch.arange(dim // 2, dtype=torch.float32, device=device)
+    ramp = (index - low) / max(high - low, 0.001)
     interpolated = ramp.clamp(0, 1)
-    frequencies = inverse_frequencies(dim, theta)
+    frequencies = inverse_frequencies(dim, theta, device)
     return frequencies / factor * interpolated + frequencies * (1 - interpolated)
 
 
