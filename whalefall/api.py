@@ -51,7 +51,13 @@ def load(
         model.load_state_dict(weights)
         if not (folder / "tokenizer.json").is_file():
             folder = folder.parent.parent
-    return Loaded(model, Tokenizer.load(folder))
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the network's "
+            f"vocab_size is {model.config.vocab_size}"
+        )
+    return Loaded(model, tokenizer)
 
 
 def save(

@@ -6,7 +6,7 @@
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -86,10 +86,10 @@ def decode(model: Transformer, requests: Sequence[Request]) -> Iterator[list[Req
         for request, token in zip(running, tokens.tolist(), strict=True):
             request.accept(token)
         yield running
-        if finished := {row for row, r in enumerate(running) if r.finish_reason is not None}:
-            rows = [row for row in range(len(running)) if row not in finished]
-            if not rows:
-                return
+        rows = [row for row, request in enumerate(running) if request.finish_reason is None]
+        if not rows:
+            return
+        if len(rows) < len(running):
             running, tokens = [running[row] for row in rows], tokens[rows]
             keep_rows(cache, rows)
         hidden = model.decode(tokens.unsqueeze(1), cache)[:, -1]
@@ -136,7 +136,10 @@ def generate(
     texts = dict.fromkeys(requests, "")
     for request, piece in _pieces(model, tokenizer, requests):
         texts[request] += piece
-    return [Completion(text, r.tokens, r.finish_reason or "stop") for r, text in texts.items()]
+    return [
+        Completion(text, request.tokens, cast(FinishReason, request.finish_reason))
+        for request, text in texts.items()
+    ]
 
 
 def stream(

@@ -25,22 +25,21 @@ class SamplingParams:
     """What the logits are divided by; 0 takes the most likely token."""
     top_p: float = 1.0
     """Sample from the smallest set of most likely tokens that has this probability."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the completion and are not part of it."""
+    stop: Sequence[str] = ()
+    """A text, or several, that end the completion and are not part of it."""
     seed: int | None = None
     """Equal seeds continue equal prompts alike; None draws a seed for each prompt."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            raise UserError(f"stop is the text {self.stop!r}; a tuple of texts is needed")
-        object.__setattr__(self, "stop", tuple(self.stop))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
         if self.max_tokens < 1:
             raise UserError(f"max_tokens is {self.max_tokens}; it must be at least 1")
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}; it must be 0 or more, and finite")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if "" in self.stop:
+        if "" in stop:
             raise UserError("stop holds an empty text, which would stop before the first token")
 
 

@@ -78,7 +78,9 @@ class LatentAttention(nn.Module):
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.unflatten(-1, (self.config.num_attention_heads, -1))
-        nope, rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1)
+        nope, rope = q.split_with_sizes(
+            [self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1
+        )
         return nope, rotate(rope, rotation.unsqueeze(-2))
 
     def latent(
@@ -86,7 +88,7 @@ class LatentAttention(nn.Module):
     ) -> Float[Tensor, "batch seq latent"]:
         """What is cached: the normed latent, then the rotated key that all heads share."""
         config = self.config
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split(
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split_with_sizes(
             [config.kv_lora_rank, config.qk_rope_head_dim], -1
         )
         return torch.cat([self.kv_a_layernorm(latent), rotate(k_rope, rotation)], -1)
@@ -119,22 +121,21 @@ class LatentAttention(nn.Module):
     ) -> Float[Tensor, "batch seq hidden"]:
         config = self.config
         batch, seq, heads, _ = q_nope.shape
-        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (heads, -1)).split(
+        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (heads, -1)).split_with_sizes(
             [config.qk_nope_head_dim, config.v_head_dim], 1
         )
         # Heads first, so that folding the weights is one batched GEMM: [heads, batch*seq, nope].
-        by_head = q_nope.flatten(0, 1).transpose(0, 1)
-        folded = torch.bmm(by_head, w_uk).unflatten(1, (batch, seq)).permute(1, 2, 0, 3)
-        q = torch.cat([folded, q_rope], -1).flatten(1, 2)
+        folded = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk).transpose(0, 1)
+        q = torch.cat([folded.unflatten(0, (batch, seq)), q_rope], -1).flatten(1, 2)
         scores = torch.bmm(q, latent.transpose(1, 2)).mul_(self.scale)
         if mask is not None:
             by_query = scores.unflatten(1, (seq, heads))
             by_query.masked_fill_(~mask.transpose(1, 2), float("-inf"))
         probabilities = scores.softmax(-1, dtype=torch.float32).to(latent.dtype)
         mixed = torch.bmm(probabilities, latent[..., : config.kv_lora_rank])
-        by_head = mixed.unflatten(1, (seq, heads)).permute(2, 0, 1, 3).flatten(1, 2)
-        out = torch.bmm(by_head, w_uv.transpose(1, 2)).unflatten(1, (batch, seq))
-        return self.o_proj(out.permute(1, 2, 0, 3).flatten(-2))
+        by_head = mixed.view(batch * seq, heads, -1).transpose(0, 1)
+        out = torch.bmm(by_head, w_uv.transpose(1, 2)).transpose(0, 1)
+        return self.o_proj(out.reshape(batch, seq, -1))
 
     def _attend_cached(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, mask: Tensor | None

@@ -1,5 +1,6 @@
 """The latent cache: the 576 numbers a token and layer that decoding reads (paper 2.1.1)."""
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -51,6 +52,11 @@ class LatentCache:
         view.latents = self.latents[:, index : index + 1]
         view.lengths = [self.lengths[index]]
         return view
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let the other sequences go, and their memory with them."""
+        self.latents = self.latents[:, rows]
+        self.lengths = [self.lengths[row] for row in rows]
 
     def positions(self, new: int) -> Int[Tensor, "batch new"]:
         """Positions of the next ``new`` tokens. Raises UserError where they do not fit."""

@@ -41,8 +41,8 @@ class LocalDispatcher:
     def dispatch(self, x: Float[Tensor, "tokens hidden"], routing: Routing) -> Dispatched:
         order = routing.experts.flatten().argsort(stable=True)
         rows = permute(x, order, routing.experts.shape[1])
-        weights = routing.weights.flatten()[order]
-        return Dispatched(rows, weights, routing.loads.cumsum(0).to(torch.int32), order)
+        weights = routing.weights.flatten().gather(0, order)
+        return Dispatched(rows, weights, routing.loads.cumsum(0, dtype=torch.int32), order)
 
     def combine(
         self, rows: Float[Tensor, "pairs hidden"], dispatched: Dispatched, routing: Routing

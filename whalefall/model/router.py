@@ -65,9 +65,9 @@ class Router(nn.Module):
             grouped = biased.unflatten(1, (config.n_group, -1))
             worth = grouped.topk(2, dim=-1).values.sum(-1)
             kept = worth.topk(config.topk_group, dim=1, sorted=False).indices
-            closed = torch.ones_like(worth, dtype=torch.bool).scatter_(1, kept, False)
             # -inf and not 0: a biased score may be negative, and 0 would then win.
-            biased = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(1)
+            handicap = torch.full_like(worth, float("-inf")).scatter_(1, kept, 0.0)
+            biased = (grouped + handicap.unsqueeze(-1)).flatten(1)
         return biased.topk(config.num_experts_per_tok, dim=1, sorted=False).indices
 
     def _count(self, experts: Int[Tensor, "tokens top_k"]) -> Int[Tensor, "experts"]:

@@ -101,11 +101,11 @@ class Transformer(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        return [*self.model.layers[: self.config.num_hidden_layers]]
+        return [*self.model.layers][: self.config.num_hidden_layers]
 
     @property
     def mtp_modules(self) -> list[MTPModule]:
-        return [*self.model.layers[self.config.num_hidden_layers :]]
+        return [*self.model.layers][self.config.num_hidden_layers :]
 
     def routers(self) -> list[Router]:
         """Routers in the order of ``expert_loads``."""

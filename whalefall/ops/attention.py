@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from whalefall.ops.function import call
+
 _CUDA_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 QUERY_BLOCK = 128
@@ -37,7 +39,7 @@ def attention(
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
             )
-    return _BlockedAttention.apply(q, k, v, scale, mask)
+    return call(_BlockedAttention, q, k, v, scale, mask)
 
 
 def reference(

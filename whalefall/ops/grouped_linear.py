@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from whalefall.ops.function import call
+
 
 def grouped_linear(
     x: Float[Tensor, "rows in"],
@@ -23,7 +25,7 @@ def grouped_linear(
     aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0
     if x.is_cuda and x.dtype == torch.bfloat16 and aligned:
         return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
-    return _GroupedLinear.apply(x, weight, ends)
+    return call(_GroupedLinear, x, weight, ends)
 
 
 def reference(
@@ -46,8 +48,10 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.bounds = bounds
         ctx.save_for_backward(x, weight)
         out = x.new_empty(len(x), weight.shape[1])
-        for group, start, end in bounds:
-            torch.mm(x[start:end], weight[group].T, out=out[start:end])
+        sizes = [end - start for _, start, end in bounds]
+        parts = zip(bounds, x.split_with_sizes(sizes), out.split_with_sizes(sizes), strict=True)
+        for (group, _, _), rows, products in parts:
+            torch.mm(rows, weight[group].T, out=products)
         return out
 
     @staticmethod

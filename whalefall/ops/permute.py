@@ -12,19 +12,21 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from whalefall.ops.function import call
+
 
 def permute(
     x: Float[Tensor, "tokens hidden"], order: Int[Tensor, "pairs"], top_k: int
 ) -> Float[Tensor, "pairs hidden"]:
     """One row per (token, choice), sorted by expert."""
-    return _Permute.apply(x, order, top_k)
+    return call(_Permute, x, order, top_k)
 
 
 def unpermute(
     rows: Float[Tensor, "pairs hidden"], order: Int[Tensor, "pairs"], top_k: int
 ) -> Float[Tensor, "tokens hidden"]:
     """Each token's ``top_k`` rows summed."""
-    return _Unpermute.apply(rows, order, top_k)
+    return call(_Unpermute, rows, order, top_k)
 
 
 def _gather(x: Tensor, order: Tensor, top_k: int) -> Tensor:

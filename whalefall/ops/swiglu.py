@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from whalefall.ops.function import call
+
 
 def swiglu(
     gate_up: Float[Tensor, "rows twice"], weights: Float[Tensor, "rows"] | None = None
 ) -> Float[Tensor, "rows inner"]:
     """silu(gate) * up of rows that hold [gate, up], times each row's weight (arXiv 2002.05202)."""
-    return _SwiGLU.apply(gate_up, weights)
+    return call(_SwiGLU, gate_up, weights)
 
 
 def reference(

@@ -1,0 +1,25 @@
+"""Calling operations that bring their own backward pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def call(operation: type[torch.autograd.Function], *inputs: Any) -> Tensor:
+    """``operation.apply``, without autograd's bookkeeping where no gradient is wanted.
+
+    Decoding is made of calls so short that the bookkeeping would take longer than the arithmetic.
+    """
+    if torch.is_grad_enabled():
+        return operation.apply(*inputs)
+    return operation.forward(_NothingKept(), *inputs)
+
+
+class _NothingKept:
+    """The context of a forward pass that has no backward."""
+
+    needs_input_grad = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
