@@ -70,7 +70,7 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def peer_model(model: Transformer) -> "DeepseekV3ForCausalLM":
-    """The network of ``transformers`` with the weights of ours, but for MTP, which it leaves out."""
+    """The same network in ``transformers``, with the same weights; MTP is left out, as it does."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     peer = DeepseekV3ForCausalLM(DeepseekV3Config(**model.config.to_hf()))

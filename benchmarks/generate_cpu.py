@@ -130,14 +130,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     table = Table("network", "", "tokens/s", "whalefall is faster by")
-    rows = []
+    results = []
     for name, config in CONFIGS.items():
         speeds = compare(config, options)
         for contender, speed in speeds.items():
             ratio = speeds["whalefall"] / speed
             table.add_row(name, contender, f"{speed:.1f}", f"{ratio:.2f}")
         fastest_peer = max(speed for peer, speed in speeds.items() if peer != "whalefall")
-        rows.append(
+        results.append(
             {
                 "network": name,
                 "tokens_per_second": {who: round(speed, 1) for who, speed in speeds.items()},
@@ -147,7 +147,7 @@ def main() -> None:
     Console().print(table)
     if options.json:
         work = {"prompt_tokens": options.prompt, "new_tokens": options.new}
-        write_result(options.json, {**work, "rounds": options.rounds, "rows": rows})
+        write_result(options.json, {**work, "rounds": options.rounds, "results": results})
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ def run(model: Transformer, tmp_path: Path) -> Path:
     config = TrainConfig(model=model.config, data=DataConfig(sequence_length=16))
     with CheckpointWriter(folder, keep=2) as writer:
         old = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-        writer.save(State(Position(1, 16, 1), config, old, {}, average))
-        writer.save(State(Position(2, 32, 2), config, weights, {}, average))
+        writer.save(State(Position(1, 16, 1), config, old, {}, average, "", None))
+        writer.save(State(Position(2, 32, 2), config, weights, {}, average, "", None))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text(f'"{name}"')
     return folder
@@ -183,7 +183,7 @@ def test_memory_is_bounded_by_a_shard_and_not_by_the_network(
     total = sum(tensor.nbytes for tensor in weights.values())
     training = TrainConfig(model=config, data=DataConfig(sequence_length=16))
     with CheckpointWriter(tmp_path / "run", keep=1) as writer:
-        writer.save(State(Position(), training, weights, {}, None))
+        writer.save(State(Position(), training, weights, {}, None, "", None))
     shard = 4 * 2**20
     folders = [tmp_path / name for name in ("run", "folder", "back")]
     result = subprocess.run(

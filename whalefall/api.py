@@ -12,9 +12,9 @@ from whalefall.engine import generate as engine
 from whalefall.engine.generate import Completion
 from whalefall.engine.sampling import SamplingParams
 from whalefall.errors import UserError
-from whalefall.model.checkpoint import load_model, write_folder
+from whalefall.model.checkpoint import write_folder
 from whalefall.model.transformer import Transformer
-from whalefall.train.checkpoint import latest, load_weights
+from whalefall.train.weights import load_network, tokenizer_folder
 
 
 class Loaded(NamedTuple):
@@ -37,21 +37,14 @@ def load(
         dtype: of the parameters; BF16 on CUDA and FP32 elsewhere, unless told.
 
     Raises:
-        UserError: the folder is none of the three, or something in it is missing or damaged.
+        UserError: the folder is none of the three, or something in it is missing, damaged, or
+            does not belong together.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     folder = Path(path)
-    if (folder / "config.json").is_file():
-        model = load_model(folder, dtype=dtype, device=device)
-    else:
-        folder = _checkpoint_in(folder)
-        config, weights = load_weights(folder)
-        model = Transformer.empty(config, device=device, dtype=dtype)
-        model.load_state_dict(weights)
-        if not (folder / "tokenizer.json").is_file():
-            folder = folder.parent.parent
-    tokenizer = Tokenizer.load(folder)
+    model = load_network(folder, dtype=dtype, device=device)
+    tokenizer = Tokenizer.load(tokenizer_folder(folder))
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the network's "
@@ -72,7 +65,7 @@ def save(
     ``dtype`` is what the parameters are stored as: the type they have, unless told.
 
     Raises:
-        UserError: the folder already holds something, or the disk is full.
+        UserError: the folder holds something else than such a model, or the disk is full.
     """
     with TemporaryDirectory() as temporary:
         tokenizer.save(Path(temporary))
@@ -105,15 +98,3 @@ def generate(
     """
     completions = engine.generate(model, tokenizer, prompt, SamplingParams(**params))
     return completions[0] if isinstance(prompt, str) else completions
-
-
-def _checkpoint_in(folder: Path) -> Path:
-    """The checkpoint that the folder is, or the newest of the run that it is."""
-    if (folder / "state.json").is_file():
-        return folder
-    if (newest := latest(folder)) is None:
-        raise UserError(
-            f"{folder} is neither a Hugging Face folder (config.json), nor a run with a checkpoint "
-            "(checkpoints/), nor a checkpoint (state.json)"
-        )
-    return newest

@@ -200,6 +200,19 @@ def generate(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The page to write; report.html in the run unless told.")
+    ] = None,
+) -> None:
+    """Make a page of a run: curves, expert loads, samples, configuration."""
+    from whalefall.report import write_report
+
+    typer.echo(write_report(run, output))
+
+
+@app.command()
 def convert(
     source: Annotated[
         Path, typer.Argument(metavar="SOURCE", help="A run, a checkpoint or a Hugging Face folder.")

@@ -20,7 +20,7 @@ from torch import Tensor
 from whalefall.config.model import ModelConfig
 from whalefall.config.train import DataConfig, TrainConfig
 from whalefall.errors import UserError
-from whalefall.integrity import atomic_folder, verify_manifest, write_manifest
+from whalefall.integrity import atomic_folder, write_manifest
 from whalefall.model.checkpoint import (
     MAX_SHARD_BYTES,
     SINGLE_FILE,
@@ -29,8 +29,8 @@ from whalefall.model.checkpoint import (
     write_folder,
 )
 from whalefall.model.transformer import Transformer
-from whalefall.train.checkpoint import latest
 from whalefall.train.schedule import Position
+from whalefall.train.weights import checkpoint_in, is_hugging_face
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -63,7 +63,7 @@ def convert(
             ``ema`` does not apply; ``target`` already holds something; the disk is full.
     """
     source, target = Path(source), require_new(target)
-    if (source / "config.json").is_file():
+    if is_hugging_face(source):
         if ema or dtype not in (None, "float32"):
             raise UserError(
                 f"{source} is a Hugging Face folder and becomes an FP32 training checkpoint: "
@@ -71,7 +71,7 @@ def convert(
             )
         _to_training(source, target)
         return
-    checkpoint = _checkpoint_in(source)
+    checkpoint = checkpoint_in(source)
     state = json.loads((checkpoint / "state.json").read_text())
     write_folder(
         target,
@@ -123,19 +123,6 @@ def _mapped_file(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: part.view(tensor.shape)
         for (name, tensor), part in zip(like.items(), parts, strict=True)
     }
-
-
-def _checkpoint_in(source: Path) -> Path:
-    """The checkpoint that ``source`` is, or the newest of the run it is; verified."""
-    if (source / "state.json").is_file():
-        verify_manifest(source)
-        return source
-    if (newest := latest(source)) is None:
-        raise UserError(
-            f"{source} is neither a Hugging Face folder (config.json), nor a training checkpoint "
-            "(state.json), nor a run that has one (checkpoints/)"
-        )
-    return newest
 
 
 def _weights(checkpoint: Path, ema: bool) -> Iterator[tuple[str, Tensor]]:

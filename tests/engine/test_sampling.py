@@ -45,7 +45,7 @@ def test_draws_from_the_nucleus_keep_its_proportions() -> None:
 
 def test_temperature_zero_takes_the_most_likely() -> None:
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
-    drawn = sample(logits, [SamplingParams(temperature=0, top_p=0.1)] * 50, [0.999] * 50)
+    drawn = sample(logits, [SamplingParams(temperature=0.0, top_p=0.1)] * 50, [0.999] * 50)
     assert torch.equal(drawn, logits.argmax(-1))
 
 
@@ -76,7 +76,14 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
     params = [
         SamplingParams(temperature=temperature, top_p=top_p)
-        for temperature, top_p in [(0, 1), (1, 1), (0.5, 0.9), (2, 0.3), (1, 0.99), (0, 0.5)]
+        for temperature, top_p in [
+            (0.0, 1.0),
+            (1.0, 1.0),
+            (0.5, 0.9),
+            (2.0, 0.3),
+            (1.0, 0.99),
+            (0.0, 0.5),
+        ]
     ]
     uniforms = [uniform(seed, 5) for seed in range(6)]
     together = sample(logits, params, uniforms).tolist()

@@ -148,6 +148,9 @@ class TrainConfig(Section):
     output: Path = Path("runs/default")
     """Folder of the run: resolved config, metrics, checkpoints."""
     seed: int = 0
+    initialize_from: Path | None = None
+    """Start from these weights instead of random ones: a Hugging Face folder or a checkpoint. The
+    network's shape must be ``model``; its rotary scaling and context may differ (YaRN)."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)

@@ -91,7 +91,7 @@ def decode(model: Transformer, requests: Sequence[Request]) -> Iterator[list[Req
             return
         if len(rows) < len(running):
             running, tokens = [running[row] for row in rows], tokens[rows]
-            keep_rows(cache, rows)
+            cache.keep(rows)
         hidden = model.decode(tokens.unsqueeze(1), cache)[:, -1]
 
 
@@ -103,12 +103,6 @@ def prefill(model: Transformer, requests: Sequence[Request], cache: LatentCache)
         last.append(model.decode(prompt, cache.row(row))[:, -1])
         cache.lengths[row] = len(request.prompt)
     return torch.cat(last)
-
-
-def keep_rows(cache: LatentCache, rows: Sequence[int]) -> None:
-    """Let the other rows go, and their memory with them."""
-    cache.latents = cache.latents[:, rows]
-    cache.lengths = [cache.lengths[row] for row in rows]
 
 
 def generate(

@@ -82,14 +82,19 @@ class AdamW:
         return {"steps": torch.tensor(self.steps), **self.moments}
 
     @torch.no_grad()
-    def load_state_dict(self, masters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Take over masters and state; the working weights follow the masters."""
+    def load_masters(self, masters: Mapping[str, Tensor]) -> None:
+        """Take over FP32 weights; the working weights follow."""
         for name, master in self.masters.items():
             master.copy_(masters[name])
+        self._refresh()
+
+    @torch.no_grad()
+    def load_state_dict(self, masters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Take over masters and state."""
+        self.load_masters(masters)
         for name, moment in self.moments.items():
             moment.copy_(state[name])
         self.steps = int(state["steps"])
-        self._refresh()
 
     def _refresh(self) -> None:
         if self._copies:

@@ -38,6 +38,7 @@ from whalefall.train.schedule import (
     mtp_weight,
 )
 from whalefall.train.signals import stop_requests
+from whalefall.train.weights import load_network
 
 Reason = Literal["finished", "time", "signal"]
 
@@ -85,10 +86,13 @@ class Trainer:
             dtype=getattr(torch, config.runtime.precision),
         )
         self.optimizer = AdamW(self.model.named_parameters(), config.optimizer)
+        folder = latest(config.output)
+        if folder is None and config.initialize_from is not None:
+            self._start_from(config.initialize_from)
         self.ema = EMA(self.optimizer.masters, config.ema.decay) if config.ema.enabled else None
         self.position = Position()
         self._heldout_score: float | None = None
-        if (folder := latest(config.output)) is not None:
+        if folder is not None:
             self._restore(load(folder, config))
 
         config.output.mkdir(parents=True, exist_ok=True)
@@ -184,6 +188,20 @@ class Trainer:
             )
         )
         self._saved_step = self.position.step
+
+    def _start_from(self, folder: Path) -> None:
+        """Take over the weights of another network of the same shape."""
+        weights = load_network(folder).state_dict()
+        theirs = {name: list(tensor.shape) for name, tensor in weights.items()}
+        ours = {name: list(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        if theirs != ours:
+            name = min(n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n))
+            raise UserError(
+                f"initialize_from: {name} is {theirs.get(name, 'missing')} in {folder} and "
+                f"{ours.get(name, 'missing')} in model; they must be of one shape"
+            )
+        self.model.load_state_dict(weights)
+        self.optimizer.load_masters(weights)
 
     def _restore(self, state: State) -> None:
         if state.tokenizer != self.loader.tokenizer.fingerprint:

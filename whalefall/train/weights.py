@@ -1,0 +1,55 @@
+"""A network from any folder that holds one: Hugging Face's layout, a run, or a checkpoint."""
+
+from pathlib import Path
+
+import torch
+
+from whalefall.errors import UserError
+from whalefall.integrity import verify_manifest
+from whalefall.model.checkpoint import load_model
+from whalefall.model.transformer import Transformer
+from whalefall.train.checkpoint import latest, load_weights
+
+
+def is_hugging_face(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """The checkpoint that the folder is, or the newest of the run that it is; verified.
+
+    Raises:
+        UserError: it is neither, or the checkpoint is damaged.
+    """
+    if (folder / "state.json").is_file():
+        verify_manifest(folder)
+        return folder
+    if (newest := latest(folder)) is None:
+        raise UserError(
+            f"{folder} is neither a Hugging Face folder (config.json), nor a run with a checkpoint "
+            "(checkpoints/), nor a checkpoint (state.json)"
+        )
+    return newest
+
+
+def load_network(
+    folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Transformer:
+    """The network of a Hugging Face folder, a run (its newest checkpoint) or a checkpoint.
+
+    Raises:
+        UserError: the folder is none of the three, or something in it is missing or damaged.
+    """
+    if is_hugging_face(folder):
+        return load_model(folder, dtype=dtype, device=device)
+    config, weights = load_weights(checkpoint_in(folder))
+    model = Transformer.empty(config, device=device, dtype=dtype)
+    model.load_state_dict(weights)
+    return model
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of such a folder is: in it, or in the run it belongs to."""
+    if is_hugging_face(folder) or (folder / "tokenizer.json").is_file():
+        return folder
+    return checkpoint_in(folder).parent.parent
