@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import whalefall
 from whalefall.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def environment() -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "versions": {
             "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers", "whalefall")},
+            "whalefall": whalefall.__version__,
+            **{package: version(package) for package in ("torch", "transformers")},
         },
     }
 

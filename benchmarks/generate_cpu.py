@@ -45,29 +45,26 @@ QUICKSTART = ModelConfig(
 )
 LARGER = QUICKSTART.model_copy(
     update={
-        "vocab_size": 16384,
+        "vocab_size": 8192,
         "hidden_size": 512,
-        "num_hidden_layers": 12,
+        "num_hidden_layers": 10,
         "intermediate_size": 1408,
         "num_attention_heads": 8,
-        "q_lora_rank": 256,
+        "q_lora_rank": 192,
         "kv_lora_rank": 128,
         "qk_nope_head_dim": 64,
         "qk_rope_head_dim": 32,
         "v_head_dim": 64,
-        "n_routed_experts": 64,
-        "num_experts_per_tok": 6,
-        "n_group": 8,
-        "topk_group": 4,
-        "moe_intermediate_size": 192,
+        "n_routed_experts": 32,
+        "moe_intermediate_size": 128,
     }
 )
 CONFIGS = {"quickstart": QUICKSTART, "larger": LARGER}
 
 PEER_SETTINGS: dict[str, dict[str, Any]] = {
-    "eager attention": {"attention": "eager"},
-    "SDPA": {"attention": "sdpa"},
-    "SDPA, static cache": {"attention": "sdpa", "cache_implementation": "static"},
+    "eager": {"attention": "eager"},
+    "sdpa": {"attention": "sdpa"},
+    "sdpa, static cache": {"attention": "sdpa", "cache_implementation": "static"},
 }
 
 
@@ -98,7 +95,7 @@ def peer_runs(
         return output[0, len(prompt) :].tolist()
 
     return {
-        f"transformers, {name}": partial(run, **options) for name, options in PEER_SETTINGS.items()
+        f"transformers {name}": partial(run, **options) for name, options in PEER_SETTINGS.items()
     }
 
 
@@ -129,7 +126,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    table = Table("network", "", "tokens/s", "whalefall is faster by")
+    table = Table("network", "", "tokens/s", "ours is faster by")
     results = []
     for name, config in CONFIGS.items():
         speeds = compare(config, options)

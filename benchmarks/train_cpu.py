@@ -85,9 +85,16 @@ def main() -> None:
         speed = {who: rows * seq / s for who, s in alternate(contenders, args.rounds).items()}
         ratio = speed["ours"] / speed["transformers"]
         active = parameter_counts(config).active
-        results.append({"network": name, "active": active, "rows": rows, "sequence": seq,
-                        **{f"{who}_tokens_per_second": round(value) for who, value in speed.items()},
-                        "ratio": round(ratio, 2)})  # fmt: skip
+        results.append(
+            {
+                "network": name,
+                "active": active,
+                "rows": rows,
+                "sequence": seq,
+                **{f"{who} tokens/s": round(value) for who, value in speed.items()},
+                "ratio": round(ratio, 2),
+            }
+        )
         table.add_row(
             name, f"{active / 1e6:.1f} M", f"{rows} x {seq}",
             *(f"{value:,.0f}" for value in speed.values()), f"{ratio:.2f}",

@@ -3,6 +3,7 @@
 import jaxtyping
 import pytest
 import torch
+from hypothesis import settings
 
 # Before anything imports these rooms: from here on their jaxtyping signatures are checked at
 # every call. Each xdist worker reads this file too.
@@ -14,6 +15,10 @@ jaxtyping.install_import_hook(
 from whalefall.config.model import ModelConfig  # noqa: E402
 
 torch.set_num_threads(1)
+
+# The same examples on every machine, however slow, and no folder left behind.
+settings.register_profile("whalefall", deadline=None, derandomize=True, database=None)
+settings.load_profile("whalefall")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,12 +1,12 @@
 """The command line: parse, call, show. Heavy rooms are imported inside the commands."""
 
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+import whalefall
 from whalefall.config import dump_config, load_config, preset_names
 from whalefall.errors import UserError
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"whalefall {version('whalefall')}")
+        typer.echo(f"whalefall {whalefall.__version__}")
         raise typer.Exit
 
 
