@@ -16,10 +16,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import whalefall
+from whalefall.config.load import load_config
 from whalefall.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from transformers import DeepseekV3ForCausalLM
+
+
+# MTP is off: transformers drops the modules in training, and plain decoding does not use them.
+_QUICKSTART = load_config("quickstart").model.model_copy(update={"num_nextn_predict_layers": 0})
+NETWORKS = {
+    "quickstart": _QUICKSTART,
+    "wider": _QUICKSTART.model_copy(
+        update={
+            "hidden_size": 256,
+            "num_hidden_layers": 6,
+            "intermediate_size": 704,
+            "q_lora_rank": 128,
+            "moe_intermediate_size": 96,
+        }
+    ),
+}
+"""What the CPU benchmarks run: the quickstart's network, and one of three times its size."""
 
 
 def environment() -> dict[str, Any]:

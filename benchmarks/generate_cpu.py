@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import alternate, peer_model, write_result
+from common import NETWORKS, alternate, peer_model, write_result
 from rich.console import Console
 from rich.table import Table
 
@@ -21,45 +21,6 @@ from whalefall.config.model import ModelConfig
 from whalefall.engine.generate import Request, decode
 from whalefall.engine.sampling import SamplingParams
 from whalefall.model.transformer import Transformer
-
-QUICKSTART = ModelConfig(
-    vocab_size=4096,
-    hidden_size=256,
-    num_hidden_layers=6,
-    first_k_dense_replace=1,
-    intermediate_size=704,
-    num_attention_heads=4,
-    q_lora_rank=128,
-    kv_lora_rank=64,
-    qk_nope_head_dim=32,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    n_routed_experts=16,
-    n_shared_experts=1,
-    num_experts_per_tok=4,
-    n_group=4,
-    topk_group=2,
-    moe_intermediate_size=96,
-    initializer_range=0.02,
-    max_position_embeddings=512,
-)
-LARGER = QUICKSTART.model_copy(
-    update={
-        "vocab_size": 8192,
-        "hidden_size": 512,
-        "num_hidden_layers": 10,
-        "intermediate_size": 1408,
-        "num_attention_heads": 8,
-        "q_lora_rank": 192,
-        "kv_lora_rank": 128,
-        "qk_nope_head_dim": 64,
-        "qk_rope_head_dim": 32,
-        "v_head_dim": 64,
-        "n_routed_experts": 32,
-        "moe_intermediate_size": 128,
-    }
-)
-CONFIGS = {"quickstart": QUICKSTART, "larger": LARGER}
 
 PEER_SETTINGS: dict[str, dict[str, Any]] = {
     "eager": {"attention": "eager"},
@@ -128,7 +89,7 @@ def main() -> None:
 
     table = Table("network", "", "tokens/s", "ours is faster by")
     results = []
-    for name, config in CONFIGS.items():
+    for name, config in NETWORKS.items():
         speeds = compare(config, options)
         for contender, speed in speeds.items():
             ratio = speeds["whalefall"] / speed

@@ -9,31 +9,19 @@ loss is on. MTP is off, because the peer trains none. The peer runs as it comes:
 
 import argparse
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
-from common import alternate, peer_model, write_result
+from common import NETWORKS, alternate, peer_model, write_result
 from rich.console import Console
 from rich.table import Table
 
-from whalefall.config.load import load_config
-from whalefall.config.model import ModelConfig
 from whalefall.model.loss import training_loss
 from whalefall.model.transformer import Transformer, parameter_counts
 
-QUICKSTART = load_config("quickstart")
-TINY = QUICKSTART.model.model_copy(
-    update={
-        "vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 384,
-        "moe_intermediate_size": 48, "q_lora_rank": 64, "kv_lora_rank": 32,
-    }
-)  # fmt: skip
-CASES: dict[str, tuple[ModelConfig, int, int]] = {
-    "quickstart": (QUICKSTART.model, 4, QUICKSTART.data.sequence_length),
-    "quickstart, longer rows": (QUICKSTART.model, 2, 1024),
-    "tiny": (TINY, 8, 256),
-}
-"""Network, rows a step, tokens a row."""
+SHAPES = ((4, 512), (2, 1024))
+"""Rows a step, tokens a row."""
 
 
 def our_step(model: Transformer, tokens: torch.Tensor) -> Callable[[], object]:
@@ -74,8 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     table = Table("network", "active", "rows", "ours tok/s", "transformers tok/s", "ratio")
     results = []
-    for name, (config, rows, seq) in CASES.items():
-        config = config.model_copy(update={"num_nextn_predict_layers": 0})
+    for (name, config), (rows, seq) in product(NETWORKS.items(), SHAPES):
         model = Transformer.create(config)
         tokens = torch.randint(config.vocab_size, (rows, seq + 1))
         contenders = {

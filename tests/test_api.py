@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -130,5 +130,4 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_the_version_is_the_package_s() -> None:
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    assert whalefall.__version__ == project["version"]
+    assert whalefall.__version__ == version("whalefall")

@@ -63,8 +63,8 @@ def test_it_trains_writes_saves_and_reports(finished: tuple[Path, str]) -> None:
     steps, evaluations = load_metrics(folder / "metrics.jsonl")
     assert [each.step for each in steps] == [1, 2, 3, 4, 5, 6]
     assert f"takes it {evaluations[-1].heldout_bits_per_byte:.2f} bits per byte" in said
-    # (16 + 8) against 2 heads of (16 + 8), in two bytes and two layers; and DeepSeek-V3's own.
-    for number in ("96", "192", "2.0", "70,272", "4,997,120"):
+    # (16 + 8) against 2 heads of (8 + 8), in two bytes and two layers; and DeepSeek-V3's own.
+    for number in ("96", "128", "1.3", "70,272", "3,997,696", "56.9"):
         assert f" {number} " in said
 
     *continued, filled = load_samples(folder)

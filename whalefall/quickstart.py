@@ -62,7 +62,12 @@ def quickstart(overrides: Sequence[str] = (), *, console: Console | None = None)
     _show_network(config.model, console)
     trainer = Trainer(config)
     result = trainer.run()
-    if result.stopped != "finished":
+    if result.stopped == "time":
+        console.print(
+            f"The time is over ({config.runtime.max_minutes:g} minutes) before all of the text was "
+            "read. This is what it learned so far; the same command goes on."
+        )
+    if result.stopped == "signal":
         console.print("Stopped. What it learned so far is kept. To go on:")
         _show_command(shlex.join(["whalefall", "quickstart", *overrides]), console)
         return

@@ -84,13 +84,13 @@ class LatentCache:
         self, layer: int, latent: Float[Tensor, "batch new latent"]
     ) -> Float[Tensor, "batch keys latent"]:
         """Store a layer's new latents and return all of the layer's, up to the longest row."""
-        store, new = self.latents[layer], latent.shape[1]
-        if min(self.lengths) == max(self.lengths):
-            store[:, self.lengths[0] : self.lengths[0] + new] = latent
+        store, new, longest = self.latents.select(0, layer), latent.shape[1], max(self.lengths)
+        if min(self.lengths) == longest:
+            store.narrow(1, longest, new).copy_(latent)
         else:
             for row, length in enumerate(self.lengths):
                 store[row, length : length + new] = latent[row]
-        return store[:, : max(self.lengths) + new]
+        return store.narrow(1, 0, longest + new)
 
     def advance(self, new: int) -> None:
         self.lengths = [length + new for length in self.lengths]

@@ -8,7 +8,6 @@ result is the same from run to run, which scattering with atomics is not.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -30,14 +29,14 @@ def unpermute(
 
 
 def _gather(x: Tensor, order: Tensor, top_k: int) -> Tensor:
-    return x.index_select(0, order // top_k)
+    return x.index_select(0, order.div(top_k, rounding_mode="floor"))
 
 
 def _gather_sum(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
-    row_of_pair = torch.empty_like(order)
-    row_of_pair[order] = torch.arange(len(order), device=order.device)
+    pairs = torch.arange(len(order), device=order.device)
+    row_of_pair = torch.empty_like(order).scatter_(0, order, pairs)
     # A bag of rows is gathered and summed in one pass, without a copy of [pairs, hidden].
-    return F.embedding_bag(row_of_pair.view(len(order) // top_k, top_k), rows, mode="sum")
+    return torch.embedding_bag(rows, row_of_pair, pairs[::top_k])[0]
 
 
 class _Permute(torch.autograd.Function):

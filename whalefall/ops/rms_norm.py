@@ -1,4 +1,4 @@
-"""RMSNorm: torch's fused kernel on CUDA; elsewhere the backward written out, half the passes."""
+"""RMSNorm: torch's fused kernel on CUDA; elsewhere a backward of half the passes."""
 
 from typing import Any
 

@@ -35,7 +35,7 @@ class ConsoleSink:
         if self._console.is_terminal:
             self._progress.update(self._task, completed=record["tokens"], description=line)
         else:
-            self._console.print(line, highlight=False)
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()

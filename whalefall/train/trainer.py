@@ -117,6 +117,8 @@ class Trainer:
                     self._evaluate()
                 if self._is_due(config.checkpoint.every_steps):
                     self._save()
+            if stopped == "time" and not self._is_due(config.evaluation.every_steps):
+                self._evaluate()
             if self._saved_step != self.position.step:
                 self._save()
         return TrainResult(
