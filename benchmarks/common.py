@@ -48,7 +48,7 @@ def environment() -> dict[str, Any]:
     return {
         "device": device_name(),
         "threads": torch.get_num_threads(),
-        "commit": commit.strip() + ("+changes" if changes else ""),
+        "commit": commit.strip() + ("+changes" if changes else "") or "unknown",
         "command": shlex.join(["python", *sys.argv]),
         "versions": {
             "python": platform.python_version(),
