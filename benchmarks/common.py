@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # MTP is off: transformers drops the modules in training, and plain decoding does not use them.
 _QUICKSTART = load_config("quickstart").model.model_copy(update={"num_nextn_predict_layers": 0})
 NETWORKS = {
+    "tiny": _QUICKSTART.model_copy(
+        update={"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 192}
+    ),
     "quickstart": _QUICKSTART,
     "wider": _QUICKSTART.model_copy(
         update={
@@ -37,7 +40,7 @@ NETWORKS = {
         }
     ),
 }
-"""What the CPU benchmarks run: the quickstart's network, and one of three times its size."""
+"""What the CPU benchmarks run: the quickstart's network, one a third and one three times as large."""
 
 
 def environment() -> dict[str, Any]:

@@ -190,9 +190,9 @@ def test_differences_name_the_key_and_both_values() -> None:
     )
     assert diff_configs(a, a) == []
     assert diff_configs(a, b) == [
-        "model.hidden_size: 256 -> 512",
+        "model.hidden_size: 128 -> 512",
         'data.sources: [] -> [{"path": "x", "weight": 1.0}]',
-        "schedule.batch_rows.0.until: 200000.0 -> 300000.0",
+        "schedule.batch_rows.0.until: 100000.0 -> 300000.0",
     ]
 
 

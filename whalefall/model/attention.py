@@ -77,7 +77,7 @@ class LatentAttention(nn.Module):
             q = self.q_proj(x)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = q.unflatten(-1, (self.config.num_attention_heads, -1))
+        q = q.view(*q.shape[:-1], self.config.num_attention_heads, self.config.qk_head_dim)
         nope, rope = q.split_with_sizes(
             [self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1
         )
@@ -121,12 +121,12 @@ class LatentAttention(nn.Module):
     ) -> Float[Tensor, "batch seq hidden"]:
         config = self.config
         batch, seq, heads, _ = q_nope.shape
-        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (heads, -1)).split_with_sizes(
+        w_uk, w_uv = self.kv_b_proj.weight.view(heads, -1, config.kv_lora_rank).split_with_sizes(
             [config.qk_nope_head_dim, config.v_head_dim], 1
         )
         # Heads first, so that folding the weights is one batched GEMM: [heads, batch*seq, nope].
         folded = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk).transpose(0, 1)
-        q = torch.cat([folded.unflatten(0, (batch, seq)), q_rope], -1).flatten(1, 2)
+        q = torch.cat([folded.view(batch, seq, heads, -1), q_rope], -1).flatten(1, 2)
         scores = torch.bmm(q, latent.transpose(1, 2)).mul_(self.scale)
         if mask is not None:
             by_query = scores.unflatten(1, (seq, heads))

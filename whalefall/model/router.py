@@ -71,9 +71,11 @@ class Router(nn.Module):
         return biased.topk(config.num_experts_per_tok, dim=1, sorted=False).indices
 
     def _count(self, experts: Int[Tensor, "tokens top_k"]) -> Int[Tensor, "experts"]:
+        flat, size = experts.flatten(), self.config.n_routed_experts
+        if not flat.is_cuda:
+            return flat.bincount(minlength=size)
         # bincount would wait for the device to learn its length.
-        loads = torch.zeros(self.config.n_routed_experts, dtype=torch.int64, device=experts.device)
-        flat = experts.flatten()
+        loads = torch.zeros(size, dtype=torch.int64, device=flat.device)
         return loads.scatter_add_(0, flat, torch.ones_like(flat))
 
 

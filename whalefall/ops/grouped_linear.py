@@ -50,8 +50,9 @@ class _GroupedLinear(torch.autograd.Function):
         out = x.new_empty(len(x), weight.shape[1])
         sizes = [end - start for _, start, end in bounds]
         parts = zip(bounds, x.split_with_sizes(sizes), out.split_with_sizes(sizes), strict=True)
+        transposed = weight.mT
         for (group, _, _), rows, products in parts:
-            torch.mm(rows, weight[group].T, out=products)
+            torch.mm(rows, transposed[group], out=products)
         return out
 
     @staticmethod

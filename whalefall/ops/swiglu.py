@@ -33,7 +33,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, weights: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up, weights)
-        gate, up = gate_up.chunk(2, -1)
+        gate, up = gate_up.split_with_sizes([gate_up.shape[-1] // 2] * 2, -1)
         out = F.silu(gate).mul_(up)
         return out if weights is None else out.mul_(weights.unsqueeze(1))
 
