@@ -40,7 +40,7 @@ NETWORKS = {
         }
     ),
 }
-"""What the CPU benchmarks run: the quickstart's network, one a third and one three times as large."""
+"""What the CPU benchmarks run: the quickstart's network, a third of it, and three times it."""
 
 
 def environment() -> dict[str, Any]:

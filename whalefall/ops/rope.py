@@ -60,5 +60,5 @@ def rotate(
     x: Float[Tensor, "*batch rope"], rotation: Complex[Tensor, "*#batch half"]
 ) -> Float[Tensor, "*batch rope"]:
     """Turn the pairs (x_2i, x_2i+1); computed in FP32, returned in the type of ``x``."""
-    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], x.shape[-1] // 2, 2))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
