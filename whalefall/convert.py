@@ -30,7 +30,7 @@ from whalefall.model.checkpoint import (
 )
 from whalefall.model.transformer import Transformer
 from whalefall.train.schedule import Position
-from whalefall.train.weights import checkpoint_in, is_hugging_face
+from whalefall.train.weights import checkpoint_in, is_hugging_face, tokenizer_folder
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -139,9 +139,7 @@ def _weights(checkpoint: Path, ema: bool) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
-    """Of the folder, or of the run it is a checkpoint of."""
-    if folder.parent.name == "checkpoints":
-        folder = folder.parent.parent
+    folder = tokenizer_folder(folder)
     return [file for name in _TOKENIZER_FILES if (file := folder / name).is_file()]
 
 

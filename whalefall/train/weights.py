@@ -49,7 +49,6 @@ def load_network(
 
 
 def tokenizer_folder(folder: Path) -> Path:
-    """Where the tokenizer of such a folder is: in it, or in the run it belongs to."""
-    if is_hugging_face(folder) or (folder / "tokenizer.json").is_file():
-        return folder
-    return checkpoint_in(folder).parent.parent
+    """Where the tokenizer of such a folder is: in it, or in the run that a checkpoint is of."""
+    of_a_run = folder.parent.name == "checkpoints" and not (folder / "tokenizer.json").is_file()
+    return folder.parent.parent if of_a_run else folder
