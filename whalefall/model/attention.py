@@ -73,11 +73,12 @@ class LatentAttention(nn.Module):
         self, x: Float[Tensor, "batch seq hidden"], rotation: Complex[Tensor, "#batch seq half"]
     ) -> tuple[Float[Tensor, "batch seq heads nope"], Float[Tensor, "batch seq heads rope"]]:
         """The queries' part without position, and their rotated part."""
+        tokens = x.flatten(0, 1)
         if self.config.q_lora_rank is None:
-            q = self.q_proj(x)
+            q = self.q_proj(tokens)
         else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = q.view(*q.shape[:-1], self.config.num_attention_heads, self.config.qk_head_dim)
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(tokens)))
+        q = q.view(*x.shape[:-1], self.config.num_attention_heads, self.config.qk_head_dim)
         nope, rope = q.split_with_sizes(
             [self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1
         )
@@ -88,7 +89,8 @@ class LatentAttention(nn.Module):
     ) -> Float[Tensor, "batch seq latent"]:
         """What is cached: the normed latent, then the rotated key that all heads share."""
         config = self.config
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split_with_sizes(
+        compressed = self.kv_a_proj_with_mqa(x.flatten(0, 1)).view(*x.shape[:-1], config.latent_dim)
+        latent, k_rope = compressed.split_with_sizes(
             [config.kv_lora_rank, config.qk_rope_head_dim], -1
         )
         return torch.cat([self.kv_a_layernorm(latent), rotate(k_rope, rotation)], -1)
@@ -131,11 +133,11 @@ class LatentAttention(nn.Module):
         if mask is not None:
             by_query = scores.unflatten(1, (seq, heads))
             by_query.masked_fill_(~mask.transpose(1, 2), float("-inf"))
-        probabilities = scores.softmax(-1, dtype=torch.float32).to(latent.dtype)
+        probabilities = scores.softmax(-1, dtype=torch.float32).type_as(latent)
         mixed = torch.bmm(probabilities, latent[..., : config.kv_lora_rank])
         by_head = mixed.view(batch * seq, heads, -1).transpose(0, 1)
         out = torch.bmm(by_head, w_uv.transpose(1, 2)).transpose(0, 1)
-        return self.o_proj(out.reshape(batch, seq, -1))
+        return self.o_proj(out.flatten(1)).view(batch, seq, config.hidden_size)
 
     def _attend_cached(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, mask: Tensor | None

@@ -2,7 +2,8 @@
 
 ``order`` lists the (token, choice) pairs sorted by expert; pair p belongs to token p // top_k.
 Each direction is the other's gradient, and both gather: the sums have a fixed order, so the
-result is the same from run to run, which scattering with atomics is not.
+result is the same from run to run, which scattering with atomics is not. A single token, the case
+of decoding, needs no indices.
 """
 
 from typing import Any
@@ -29,10 +30,14 @@ def unpermute(
 
 
 def _gather(x: Tensor, order: Tensor, top_k: int) -> Tensor:
+    if len(x) == 1:
+        return x.repeat(top_k, 1)
     return x.index_select(0, order.div(top_k, rounding_mode="floor"))
 
 
 def _gather_sum(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
+    if len(rows) == top_k:
+        return rows.sum(0, keepdim=True)
     pairs = torch.arange(len(order), device=order.device)
     row_of_pair = torch.empty_like(order).scatter_(0, order, pairs)
     # A bag of rows is gathered and summed in one pass, without a copy of [pairs, hidden].

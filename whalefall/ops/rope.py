@@ -61,4 +61,4 @@ def rotate(
 ) -> Float[Tensor, "*batch rope"]:
     """Turn the pairs (x_2i, x_2i+1); computed in FP32, returned in the type of ``x``."""
     pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], x.shape[-1] // 2, 2))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
