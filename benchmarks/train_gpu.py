@@ -1,15 +1,14 @@
-"""Training speed on one GPU: us and `transformers`, the bench-6b network, random tokens, BF16.
+"""Training speed on one GPU: us in BF16 and FP8, and `transformers`; random tokens.
 
-    python benchmarks/train_gpu.py [--rows 4] [--steps 8] [--rounds 2] [--json PATH]
+    python benchmarks/train_gpu.py [--network bench-6b] [--rows 4] [--rounds 2] [--json PATH]
 
 Every measurement is a process of its own (the networks do not fit side by side), and the rounds
-alternate. MTP is off, because the peer trains none. "same types" updates BF16 weights and moments
-with torch's fused AdamW, as the peer does; "FP32 masters" is our default.
+alternate. MTP is off, because the peer trains none. "same types" updates BF16 weights and moments,
+as the peer does; "FP32 masters" is our default.
 """
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -24,39 +23,43 @@ from whalefall.config.model import ModelConfig
 from whalefall.config.train import OptimizerConfig
 from whalefall.model.loss import training_loss
 from whalefall.model.transformer import Transformer
+from whalefall.ops.fp8_linear import Recipe
 from whalefall.train.metrics import flops_per_token
 from whalefall.train.optimizer import AdamW
 
 CONTENDERS = {
-    "ours": "whalefall, same types as transformers",
-    "ours-masters": "whalefall, FP32 masters (our default)",
+    "bf16": "whalefall BF16, same types as transformers",
+    "bf16-masters": "whalefall BF16, FP32 masters (our default)",
+    "fp8": "whalefall FP8, same types as transformers",
+    "fp8-masters": "whalefall FP8, FP32 masters",
+    "bf16-block": "whalefall BF16, same types, blocks recomputed",
+    "fp8-selective": "whalefall FP8, same types, selective recompute",
     "peer": "transformers, grouped_mm experts",
     "peer-compiled": "transformers, grouped_mm experts, compiled",
 }
+DEFAULT = ["bf16", "fp8", "peer", "peer-compiled", "bf16-masters", "fp8-masters"]
 PEAK = 990e12
 """Dense BF16 FLOPS of an H100 or H200."""
 
 
-def network() -> ModelConfig:
-    return load_config("bench-6b").model.model_copy(update={"num_nextn_predict_layers": 0})
+def network(name: str = "bench-6b") -> ModelConfig:
+    return load_config(name).model.model_copy(update={"num_nextn_predict_layers": 0})
 
 
-def our_step(config: ModelConfig, *, masters: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def our_step(config: ModelConfig, contender: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    precision, _, extra = contender.partition("-")
     model = Transformer.create(config, device="cuda", dtype=torch.bfloat16)
-    if masters:
-        ours = AdamW(model.named_parameters(), OptimizerConfig())
-    else:
-        theirs = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    if precision == "fp8":
+        model.use_recipe(Recipe(fprop=True, dgrad=True, wgrad=True))
+    if extra in ("block", "selective"):
+        model.recompute(extra)
+    masters = "float32" if extra == "masters" else "none"
+    optimizer = AdamW(model.named_parameters(), OptimizerConfig(masters=masters))
 
     def step(tokens: torch.Tensor) -> torch.Tensor:
         losses = training_loss(model, tokens, mtp_weight=0.0, sequence_alpha=1e-4)
         losses.total.backward()
-        if masters:
-            ours.step(1e-5)
-        else:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            theirs.step()
-            theirs.zero_grad()
+        optimizer.step(1e-5)
         return losses.main
 
     return step
@@ -86,23 +89,25 @@ def peer_step(config: ModelConfig, *, compiled: bool) -> Callable[[torch.Tensor]
     return step
 
 
-def measure(contender: str, rows: int, sequence: int, steps: int) -> dict[str, float]:
-    """Median tokens/s of single steps after three warm-ups, and the peak of allocated memory."""
-    config = network()
-    if contender.startswith("ours"):
-        step = our_step(config, masters=contender == "ours-masters")
-    else:
+def measure(name: str, contender: str, rows: int, sequence: int, steps: int) -> dict[str, float]:
+    """Tokens/s over ``steps`` steps in a row after four warm-ups, and the peak of allocated memory.
+
+    The host runs ahead of the device, as in training: nothing waits between the steps.
+    """
+    config = network(name)
+    if contender.startswith("peer"):
         step = peer_step(config, compiled=contender == "peer-compiled")
-    seconds, loss = [], torch.zeros(())
-    for index in range(3 + steps):
-        tokens = torch.randint(config.vocab_size, (rows, sequence + 1), device="cuda")
-        torch.cuda.synchronize()
-        began = time.perf_counter()
+    else:
+        step = our_step(config, contender)
+    batches = torch.randint(config.vocab_size, (4 + steps, rows, sequence + 1), device="cuda")
+    for tokens in batches[:4]:
         loss = step(tokens)
-        torch.cuda.synchronize()
-        if index >= 3:
-            seconds.append(time.perf_counter() - began)
-    speed = rows * sequence / statistics.median(seconds)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for tokens in batches[4:]:
+        loss = step(tokens)
+    torch.cuda.synchronize()
+    speed = steps * rows * sequence / (time.perf_counter() - began)
     return {
         "tokens_per_second": round(speed),
         "mfu_percent": round(100 * speed * flops_per_token(config, sequence) / PEAK, 1),
@@ -113,18 +118,20 @@ def measure(contender: str, rows: int, sequence: int, steps: int) -> dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", default="bench-6b", help="a preset")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--sequence", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(measure(args.worker, args.rows, args.sequence, args.steps)))
+        print(json.dumps(measure(args.network, args.worker, args.rows, args.sequence, args.steps)))
         return
-    shared = ["--rows", args.rows, "--sequence", args.sequence, "--steps", args.steps]
+    shared = ["--network", args.network, "--rows", args.rows]
+    shared += ["--sequence", args.sequence, "--steps", args.steps]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in args.contenders}
     for _ in range(args.rounds):
         for name in args.contenders:
@@ -142,7 +149,8 @@ def main() -> None:
         if found
     ]
     if args.json:
-        write_result(args.json, {"results": rows})
+        work = {"network": args.network, "rows": args.rows, "sequence": args.sequence}
+        write_result(args.json, {**work, "results": rows})
 
 
 if __name__ == "__main__":

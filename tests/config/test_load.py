@@ -23,7 +23,13 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_presets() -> None:
-    assert preset_names() == ["bench-6b", "moonlight-16b", "quickstart", "v3-671b"]
+    assert preset_names() == [
+        "bench-6b",
+        "bench-v3-slice",
+        "moonlight-16b",
+        "quickstart",
+        "v3-671b",
+    ]
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -34,8 +40,13 @@ def test_preset_survives_being_saved(name: str, file: Path) -> None:
 
 
 def test_v3_preset_spells_the_defaults_out() -> None:
+    """But for what must be asked for: a lower precision, and making things twice."""
     assert diff_configs(TrainConfig(), load_config("v3-671b")) == [
-        'output: "runs/default" -> "runs/v3-671b"'
+        'output: "runs/default" -> "runs/v3-671b"',
+        'precision.fprop: null -> "fp8"',
+        'precision.dgrad: null -> "fp8"',
+        'precision.wgrad: null -> "fp8"',
+        'memory.recompute: "none" -> "selective"',
     ]
 
 
@@ -114,7 +125,11 @@ def test_overrides_are_checked_together() -> None:
         ("model.eos_token_id=abc", "model.eos_token_id is 'abc'; must be a valid integer"),
         ("model=3", "model is 3; must be a mapping of keys"),
         ("output=3", "output is 3; must be a valid path"),
-        ("runtime.precision=fp8", "runtime.precision is 'fp8'; must be 'float32' or 'bfloat16'"),
+        ("precision.working=fp8", "precision.working is 'fp8'; must be 'fp32' or 'bf16'"),
+        (
+            "precision.wgrad=bf16",
+            "wgrad is 'bf16'; it must be 'fp8' or the working type ('fp32')",
+        ),
         ("data.sources.0.weight=2", "data.sources.0.path is missing"),
         ("model.n_group=3", "n_routed_experts (16) is not divisible by n_group (3)"),
         ("schedule.mtp_weight=[]", "mtp_weight needs at least one phase"),

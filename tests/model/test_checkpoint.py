@@ -14,7 +14,7 @@ from whalefall.errors import UserError
 from whalefall.model.checkpoint import load_model, save_model
 from whalefall.model.hf_layout import encode, mtp_copies, to_disk
 from whalefall.model.transformer import Transformer
-from whalefall.ops.fp8_blocks import dequantize_blocks, quantize_blocks
+from whalefall.ops.fp8_blocks import decode_blocks, encode_blocks
 
 INDEX = "model.safetensors.index.json"
 
@@ -149,7 +149,7 @@ def test_fp8_covers_the_matrices_that_deepseek_publishes_in_fp8(
     loaded = load_model(tmp_path)
     assert loaded.config.quantization_config is None
     o_proj = model.state_dict()["model.layers.0.self_attn.o_proj.weight"]
-    expected = dequantize_blocks(*quantize_blocks(o_proj))
+    expected = decode_blocks(*encode_blocks(o_proj))
     assert torch.equal(loaded.model.layers[0].self_attn.o_proj.weight, expected)
 
 

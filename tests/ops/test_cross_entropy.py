@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -189,3 +190,113 @@ def test_the_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -
     inputs = problem(tokens)
     assert largest_tensor(reference, inputs) == tokens * VOCAB  # the measure sees what it should
     assert largest_tensor(linear_cross_entropy, inputs) == rows_a_chunk * VOCAB
+
+
+def cuda_problem(tokens: int, vocab: int, dtype: torch.dtype) -> Problem:
+    """As ``problem``, with logits of about 1 and 64 hidden numbers."""
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, 64, generator=generator).to("cuda", dtype)
+    head = (torch.randn(vocab, 64, generator=generator) / 8).to("cuda", dtype)
+    targets = torch.randint(vocab, (tokens,), generator=generator).cuda()
+    targets[3::4] = IGNORED
+    weights = torch.rand(tokens, generator=generator).cuda()
+    weights[4::5] = 0
+    return hidden.requires_grad_(), head.requires_grad_(), targets, weights
+
+
+def error(own: Tensor, right: Tensor) -> float:
+    right = right.double()
+    return float((own.double() - right).norm() / right.norm().clamp(min=1e-30))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows_a_chunk", [5, 300])
+@pytest.mark.parametrize("tokens", [0, 1, 13, 300])
+@pytest.mark.parametrize("vocab", [37, 1000, 8192 + 16])
+def test_cuda_agrees_with_the_definition(
+    monkeypatch: pytest.MonkeyPatch, vocab: int, tokens: int, rows_a_chunk: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS_CUDA", rows_a_chunk * vocab)
+    hidden, head, targets, weights = cuda_problem(tokens, vocab, dtype)
+    wide = [x.detach().double().requires_grad_() for x in (hidden, head)]
+    expected, expected_nll = reference(*wide, targets, weights.double())
+    total, nll = linear_cross_entropy(hidden, head, targets, weights)
+    exact = dtype == torch.float32
+    assert error(nll, expected_nll) < (1e-5 if exact else 3e-3)
+    assert error(total, expected) < (1e-5 if exact else 3e-3)
+    assert (nll[targets == IGNORED] == 0).all()
+    for own, right in zip(
+        gradients(total * 3, hidden, head), gradients(expected * 3, *wide), strict=True
+    ):
+        assert own.dtype == dtype
+        # BF16 rounds the logits, their gradient and the product.
+        assert error(own, right) < (1e-5 if exact else 1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [2, 37, 8192, 8193, 65537, 129280])
+def test_the_kernel_alone_on_logits_of_any_size(vocab: int, dtype: torch.dtype) -> None:
+    from whalefall.kernels import cross_entropy as kernel
+
+    rows = 8
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(rows, vocab, generator=generator) * 3
+    logits[1] = 0
+    logits[2, vocab // 2] = 1e4  # sure
+    logits[3] -= 1e4
+    logits[4, 0], logits[4, -1] = -1e4, 1e4
+    logits[6, : vocab // 2] = float("-inf")  # impossible, whole blocks of them
+    targets = torch.randint(vocab, (rows,), generator=generator)
+    targets[2], targets[4], targets[5], targets[6] = vocab // 2, 0, IGNORED, vocab - 1
+    weights = torch.rand(rows, generator=generator)
+    logits, targets, weights = logits.to("cuda", dtype), targets.cuda(), weights.cuda()
+
+    wide = logits.double().requires_grad_()
+    right = F.cross_entropy(wide, targets, reduction="none", ignore_index=IGNORED)
+    (right_grad,) = torch.autograd.grad((right * weights).sum(), wide)
+    nll = torch.empty(rows, device="cuda")
+    kept = logits.clone()
+    arguments = (logits, targets, weights, nll)
+    kernel.nll_and_gradient_(*arguments, ignored=IGNORED, with_gradient=False)
+    assert torch.equal(logits, kept)
+    torch.testing.assert_close(nll.double(), right.detach(), rtol=1e-5, atol=1e-5)
+    kernel.nll_and_gradient_(*arguments, ignored=IGNORED, with_gradient=True)
+    torch.testing.assert_close(nll.double(), right.detach(), rtol=1e-5, atol=1e-5)
+    assert error(logits, right_grad) < (1e-5 if dtype == torch.float32 else 4e-3)
+    assert (logits[5] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", [37, -1])
+def test_a_target_that_is_no_word_makes_the_loss_nan(target: int) -> None:
+    hidden, head, targets, weights = cuda_problem(5, 37, torch.bfloat16)
+    targets[1] = target
+    total, nll = linear_cross_entropy(hidden, head, targets, weights)
+    assert total.isnan() and nll.isnan().tolist() == [False, True, False, False, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [0, 1, 5, 4096 * 1024 + 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaling_by_a_number_on_the_device(size: int, dtype: torch.dtype) -> None:
+    from whalefall.kernels import cross_entropy as kernel
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(size, device="cuda", generator=generator).to(dtype)
+    for factor in (1.0, -2.5, 0.0, float("nan")):
+        scaled = x.clone()
+        kernel.scale_(scaled, torch.tensor(factor, device="cuda"))
+        torch.testing.assert_close(scaled, x * factor, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS_CUDA", 5 * 1000)
+    inputs = cuda_problem(13, 1000, torch.bfloat16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_cross_entropy(*inputs)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -6,50 +6,67 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from whalefall.ops.permute import permute, unpermute
+from whalefall.ops.permute import permute, sort_by_expert, unpermute
 
 HIDDEN = 4
 SHAPES = [(5, 3), (1, 1), (1, 4), (6, 1), (0, 2)]
 
 
 def problem(tokens: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token rows, an arbitrary order of the pairs, and a row for each pair."""
+    """Token rows, arbitrary places of the pairs, and a row for each pair."""
     generator = torch.Generator().manual_seed(10 * tokens + top_k)
     like = {"dtype": torch.float64, "generator": generator}
     x = torch.randn(tokens, HIDDEN, **like)
-    order = torch.randperm(tokens * top_k, generator=generator)
+    places = torch.randperm(tokens * top_k, generator=generator).view(tokens, top_k)
     rows = torch.randn(tokens * top_k, HIDDEN, **like)
-    return x.requires_grad_(), order, rows.requires_grad_()
+    return x.requires_grad_(), places, rows.requires_grad_()
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 4).flatmap(
+        lambda top_k: st.lists(st.lists(st.integers(0, 6), min_size=top_k, max_size=top_k))
+    )
+)
+def test_pairs_are_sorted_by_expert_and_then_by_token(choices: list[list[int]]) -> None:
+    experts = torch.tensor(choices, dtype=torch.int64).view(len(choices), -1 if choices else 2)
+    pairs = [expert for token in choices for expert in token]
+    order = sorted(range(len(pairs)), key=lambda pair: (pairs[pair], pair))
+    places = sort_by_expert(experts, 7)
+    assert places.shape == experts.shape and places.dtype == torch.int64
+    assert [order.index(pair) for pair in range(len(pairs))] == places.flatten().tolist()
 
 
 @pytest.mark.parametrize(("tokens", "top_k"), SHAPES)
-def test_permute_copies_the_token_of_each_pair(tokens: int, top_k: int) -> None:
-    x, order, _ = problem(tokens, top_k)
-    out = permute(x, order, top_k)
+def test_permute_copies_a_token_to_the_places_of_its_choices(tokens: int, top_k: int) -> None:
+    x, places, _ = problem(tokens, top_k)
+    out = permute(x, places)
     assert out.shape == (tokens * top_k, HIDDEN)
-    for row, pair in zip(out, order.tolist(), strict=True):
-        assert torch.equal(row, x[pair // top_k])
+    for token, rows in enumerate(places.tolist()):
+        for row in rows:
+            assert torch.equal(out[row], x[token])
 
 
 @pytest.mark.parametrize(("tokens", "top_k"), SHAPES)
 def test_unpermute_sums_each_tokens_rows(tokens: int, top_k: int) -> None:
-    _, order, rows = problem(tokens, top_k)
+    _, places, rows = problem(tokens, top_k)
     expected = torch.zeros(tokens, HIDDEN, dtype=torch.float64)
-    for row, pair in zip(rows, order.tolist(), strict=True):
-        expected[pair // top_k] = expected[pair // top_k] + row
-    torch.testing.assert_close(unpermute(rows, order, top_k), expected)
+    for token, of_token in enumerate(places.tolist()):
+        for row in of_token:
+            expected[token] = expected[token] + rows[row]
+    torch.testing.assert_close(unpermute(rows, places), expected)
 
 
 @pytest.mark.parametrize(("tokens", "top_k"), [shape for shape in SHAPES if shape[0]])
 def test_gradients(tokens: int, top_k: int) -> None:
-    x, order, rows = problem(tokens, top_k)
-    assert torch.autograd.gradcheck(lambda x: permute(x, order, top_k), x)
-    assert torch.autograd.gradcheck(lambda r: unpermute(r, order, top_k), rows)
+    x, places, rows = problem(tokens, top_k)
+    assert torch.autograd.gradcheck(lambda x: permute(x, places), x)
+    assert torch.autograd.gradcheck(lambda r: unpermute(r, places), rows)
 
 
 def test_no_tokens_have_empty_gradients() -> None:
-    x, order, rows = problem(0, 2)
-    for out, value in ((permute(x, order, 2), x), (unpermute(rows, order, 2), rows)):
+    x, places, rows = problem(0, 2)
+    for out, value in ((permute(x, places), x), (unpermute(rows, places), rows)):
         (grad,) = torch.autograd.grad(out.sum(), value)
         assert grad.shape == value.shape
 
@@ -57,13 +74,69 @@ def test_no_tokens_have_empty_gradients() -> None:
 @settings(deadline=None)
 @given(tokens=st.integers(1, 20), top_k=st.integers(1, 5))
 def test_there_and_back_is_top_k_times_the_identity(tokens: int, top_k: int) -> None:
-    x, order, _ = problem(tokens, top_k)
-    torch.testing.assert_close(unpermute(permute(x, order, top_k), order, top_k), top_k * x)
+    x, places, _ = problem(tokens, top_k)
+    torch.testing.assert_close(unpermute(permute(x, places), places), top_k * x)
+
+
+def rows_of_one_token(device: str) -> tuple[Tensor, Tensor]:
+    """256, 1, 1 and 1 in the order of the choices, which is not the order of the rows."""
+    places = torch.tensor([[2, 0, 3, 1]], device=device)
+    rows = torch.tensor([1.0, 1.0, 256.0, 1.0], device=device).bfloat16().unsqueeze(1)
+    return rows.expand(4, HIDDEN), places
 
 
 def test_bfloat16_sums_are_rounded_once() -> None:
-    _, order, rows = problem(1, 4)
-    low = rows.detach().bfloat16()
-    low[order.argsort()] = torch.tensor([256.0, 1.0, 1.0, 1.0]).bfloat16().unsqueeze(1)
     # One by one in BF16, whose step at 256 is 2, each 1 would be lost: 256. Once: 259 to 260.
-    assert (unpermute(low, order, 4) == 260).all()
+    assert (unpermute(*rows_of_one_token("cpu")) == 260).all()
+
+
+@pytest.mark.gpu
+def test_cuda_sums_are_rounded_once() -> None:
+    assert (unpermute(*rows_of_one_token("cuda")) == 260).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_experts", [1, 7, 64, 256, 1024])
+@pytest.mark.parametrize("skew", [0.0, 0.95, 1.0], ids=["even", "skewed", "one expert"])
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (128, 1), (1001, 6), (0, 2)])
+def test_cuda_sorts_as_the_cpu_does(n_experts: int, skew: float, tokens: int, top_k: int) -> None:
+    generator = torch.Generator().manual_seed(n_experts)
+    experts = torch.randint(n_experts, (tokens, top_k), generator=generator)
+    favoured = torch.rand(tokens, top_k, generator=generator) < skew
+    experts = experts.where(~favoured, n_experts - 1)
+    own = sort_by_expert(experts.cuda(), n_experts)
+    assert torch.equal(own.cpu(), sort_by_expert(experts, n_experts))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("hidden", [1, 48, 333, 2048, 7168])
+@pytest.mark.parametrize(("tokens", "top_k"), [(65, 6), (1, 8), (3, 1), (0, 2)])
+def test_cuda_agrees(tokens: int, top_k: int, hidden: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    like = {"device": "cuda", "dtype": dtype, "generator": generator}
+    places = torch.randperm(tokens * top_k, device="cuda", generator=generator).view(tokens, top_k)
+    x = torch.randn(tokens, hidden, **like)
+    rows = torch.randn(tokens * top_k, hidden, **like)
+    rows[: top_k // 2] *= 1e4
+    bound = 3e-3 if dtype == torch.bfloat16 else 1e-6
+    for operation, source, outer in ((permute, x, rows), (unpermute, rows, x)):
+        source = source.clone().requires_grad_()
+        exact = source.detach().cpu().double().requires_grad_()
+        own, right = operation(source, places), operation(exact, places.cpu())
+        (own_grad,) = torch.autograd.grad(own, source, outer)
+        (right_grad,) = torch.autograd.grad(right, exact, outer.cpu().double())
+        for one, other in ((own, right), (own_grad, right_grad)):
+            assert one.dtype == dtype and one.shape == other.shape
+            assert (one.cpu().double() - other).norm() <= bound * other.norm()
+    assert torch.equal(permute(x, places)[places], x.unsqueeze(1).expand(-1, top_k, -1))
+
+
+@pytest.mark.gpu
+def test_cuda_takes_gradients_of_any_memory_layout() -> None:
+    x = torch.randn(9, 64, device="cuda").requires_grad_()
+    places = torch.randperm(18, device="cuda").view(9, 2)
+    outer = torch.randn(64, 18, device="cuda").T
+    (own,) = torch.autograd.grad(permute(x, places), x, outer)
+    (right,) = torch.autograd.grad(permute(x, places), x, outer.contiguous())
+    assert torch.equal(own, right)

@@ -52,7 +52,8 @@ def make_config(tmp_path: Path, dataset: Path, tiny_config: ModelConfig) -> Make
             "evaluation": {"every_steps": 6, "rows": 4},
             "checkpoint": {"every_steps": 5, "keep": 2},
             "logging": {"tensorboard": False},
-            "runtime": {"device": "cpu", "precision": "float32", "threads": 1},
+            "precision": {"working": "fp32"},
+            "runtime": {"device": "cpu", "threads": 1},
         }
         for section, changes in sections.items():
             is_section = isinstance(changes, dict)

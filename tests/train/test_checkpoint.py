@@ -246,7 +246,7 @@ def history(run: Path) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("changes", [{}, {"runtime": {"precision": "bfloat16"},
+@pytest.mark.parametrize("changes", [{}, {"precision": {"working": "bf16"},
                                           "optimizer": {"micro_batch_rows": 2}}])  # fmt: skip
 def test_kill_9_and_go_on_bit_for_bit(make_config: MakeConfig, changes: dict[str, Any]) -> None:
     schedule = {

@@ -95,6 +95,11 @@ class OptimizerConfig(Section):
     """Applied to matrices; norms and biases are left alone."""
     clip_norm: float = Field(1.0, gt=0)
     moment_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    masters: Literal["float32", "none"] = "float32"
+    """Of BF16 weights; stored exactly, as the weight and the 16 bits that it lacks of FP32.
+    ``none`` updates the weights in place and saves these 2 bytes a parameter. Updates below half a
+    step of BF16 (1/512 to 1/256 of a weight) are then lost, so small learning rates stop learning;
+    the weights in checkpoints become BF16 too."""
     micro_batch_rows: int | None = Field(None, gt=0)
     """Rows in one forward and backward pass of one rank; null takes the whole batch at once."""
 
@@ -131,13 +136,53 @@ class LoggingConfig(Section):
     """Peak of the device, for the FLOPs utilisation (MFU); null looks the device's name up."""
 
 
+Product = Literal["fp32", "bf16", "fp8"]
+
+
+class PrecisionConfig(Section):
+    """Types of a run. Masters and gradient sums are FP32 in all of them (paper 3.3)."""
+
+    working: Literal["fp32", "bf16"] = "bf16"
+    """Of weights and activations."""
+    fprop: Product | None = None
+    """Of the forward products of all projections and experts: ``fp8``, or null for the working
+    type. Embedding, head, router, norms and attention always have the working type or FP32."""
+    dgrad: Product | None = None
+    """Of the products that make their inputs' gradients."""
+    wgrad: Product | None = None
+    """Of the products that make their weights' gradients."""
+    power_of_two_scales: bool = False
+    """Round the FP8 scales up to powers of two, where they would be any FP32 number."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("fprop", "dgrad", "wgrad"):
+            value = getattr(self, name)
+            if value not in (None, "fp8", self.working):
+                raise ValueError(
+                    f"{name} is {value!r}; it must be 'fp8' or the working type ({self.working!r})"
+                )
+        return self
+
+    @property
+    def uses_fp8(self) -> bool:
+        return "fp8" in (self.fprop, self.dgrad, self.wgrad)
+
+
+class MemoryConfig(Section):
+    recompute: Literal["none", "selective", "block"] = "none"
+    """What the backward pass makes again instead of keeping: ``selective`` the norms and MLA's
+    projections (paper 3.2.3), ``block`` everything but each block's input. SwiGLU's output is
+    never kept."""
+
+
 class RuntimeConfig(Section):
     device: str = "auto"
     """``auto`` takes CUDA where there is one, else the CPU."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the working weights and activations; masters and gradients sums are FP32."""
     threads: int | None = Field(None, gt=0)
     """CPU threads of torch; null leaves torch's own choice."""
+    deterministic: bool = False
+    """The same bits from the same seed on the same device, at the price of some speed on CUDA."""
     max_minutes: float | None = Field(None, gt=0)
     """Wall-clock limit of one invocation; reaching it checkpoints and stops, as SIGTERM does."""
 
@@ -160,6 +205,8 @@ class TrainConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    memory: MemoryConfig = Field(default_factory=MemoryConfig)
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
 
     @model_validator(mode="after")

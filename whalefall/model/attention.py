@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from whalefall.config.model import ModelConfig
 from whalefall.model.cache import LatentCache
+from whalefall.model.linear import Linear
 from whalefall.model.norm import RMSNorm
 from whalefall.ops.attention import attention
+from whalefall.ops.mla_heads import mla_heads
 from whalefall.ops.rope import rotate, yarn_mscale
 
 
@@ -41,17 +43,17 @@ class LatentAttention(nn.Module):
         hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
         query_dim = heads * config.qk_head_dim
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, query_dim, bias=False)
+            self.q_proj = Linear(hidden, query_dim)
         else:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, bias=bias)
             # The published code norms both latents with 1e-6, whatever rms_norm_eps says.
             self.q_a_layernorm = RMSNorm(config.q_lora_rank)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.latent_dim, bias=bias)
+            self.q_b_proj = Linear(config.q_lora_rank, query_dim)
+        self.kv_a_proj_with_mqa = Linear(hidden, config.latent_dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank)
         expanded_dim = heads * (config.qk_nope_head_dim + config.v_head_dim)
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded_dim, bias=False)
-        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=bias)
+        self.kv_b_proj = Linear(config.kv_lora_rank, expanded_dim)
+        self.o_proj = Linear(heads * config.v_head_dim, hidden, bias=bias)
 
         self.scale = config.qk_head_dim**-0.5
         if (yarn := config.rope_scaling) is not None and yarn.mscale_all_dim:
@@ -60,26 +62,31 @@ class LatentAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch seq hidden"], context: Context
     ) -> Float[Tensor, "batch seq hidden"]:
-        q_nope, q_rope = self.query(x, context.rotation)
-        latent = self.latent(x, context.rotation)
         mask = None if context.mask is None else context.mask.unsqueeze(1)
-        if context.cache is not None:
-            latent = context.cache.append(self.layer, latent)
-            if mask is not None or latent.shape[1] > x.shape[1]:
-                return self._attend_cached(q_nope, q_rope, latent, mask)
+        if context.cache is None:
+            return self.uncached(x, context.rotation, mask)
+        q_nope, q_rope = self.query(x, context.rotation)
+        latent = context.cache.append(self.layer, self.latent(x, context.rotation))
+        if mask is not None or latent.shape[1] > x.shape[1]:
+            return self._attend_cached(q_nope, q_rope, latent, mask)
         return self.expanded(q_nope, q_rope, latent, mask)
+
+    def uncached(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        rotation: Complex[Tensor, "#batch seq half"],
+        mask: Bool[Tensor, "batch 1 seq seq"] | None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Expanded attention of a sequence to itself: training."""
+        compressed, k_rope = self._compress(x)
+        kv = self.kv_b_proj(compressed).unflatten(-1, (self.config.num_attention_heads, -1))
+        return self._attend(*mla_heads(self._project_query(x), kv, k_rope, rotation), mask)
 
     def query(
         self, x: Float[Tensor, "batch seq hidden"], rotation: Complex[Tensor, "#batch seq half"]
     ) -> tuple[Float[Tensor, "batch seq heads nope"], Float[Tensor, "batch seq heads rope"]]:
         """The queries' part without position, and their rotated part."""
-        tokens = x.flatten(0, 1)
-        if self.config.q_lora_rank is None:
-            q = self.q_proj(tokens)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(tokens)))
-        q = q.view(*x.shape[:-1], self.config.num_attention_heads, self.config.qk_head_dim)
-        nope, rope = q.split_with_sizes(
+        nope, rope = self._project_query(x).split_with_sizes(
             [self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], -1
         )
         return nope, rotate(rope, rotation.unsqueeze(-2))
@@ -88,12 +95,8 @@ class LatentAttention(nn.Module):
         self, x: Float[Tensor, "batch seq hidden"], rotation: Complex[Tensor, "#batch seq half"]
     ) -> Float[Tensor, "batch seq latent"]:
         """What is cached: the normed latent, then the rotated key that all heads share."""
-        config = self.config
-        compressed = self.kv_a_proj_with_mqa(x.flatten(0, 1)).view(*x.shape[:-1], config.latent_dim)
-        latent, k_rope = compressed.split_with_sizes(
-            [config.kv_lora_rank, config.qk_rope_head_dim], -1
-        )
-        return torch.cat([self.kv_a_layernorm(latent), rotate(k_rope, rotation)], -1)
+        compressed, k_rope = self._compress(x)
+        return torch.cat([compressed, rotate(k_rope, rotation)], -1)
 
     def expanded(
         self,
@@ -108,11 +111,7 @@ class LatentAttention(nn.Module):
         k_nope, v = kv.split([config.qk_nope_head_dim, config.v_head_dim], -1)
         shared = k_rope.unsqueeze(-2).expand(-1, -1, config.num_attention_heads, -1)
         q = torch.cat([q_nope, q_rope], -1)
-        k = torch.cat([k_nope, shared], -1)
-        out = attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=self.scale, mask=mask
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(-2))
+        return self._attend(q, torch.cat([k_nope, shared], -1), v, mask)
 
     def absorbed(
         self,
@@ -138,6 +137,37 @@ class LatentAttention(nn.Module):
         by_head = mixed.view(batch * seq, heads, -1).transpose(0, 1)
         out = torch.bmm(by_head, w_uv.transpose(1, 2)).transpose(0, 1)
         return self.o_proj(out.flatten(1)).view(batch, seq, config.hidden_size)
+
+    def _project_query(
+        self, x: Float[Tensor, "batch seq hidden"]
+    ) -> Float[Tensor, "batch seq heads qk"]:
+        tokens = x.flatten(0, 1)
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(tokens)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(tokens)))
+        return q.view(*x.shape[:-1], self.config.num_attention_heads, self.config.qk_head_dim)
+
+    def _compress(
+        self, x: Float[Tensor, "batch seq hidden"]
+    ) -> tuple[Float[Tensor, "batch seq kv_lora"], Float[Tensor, "batch seq rope"]]:
+        """The normed latent, and the shared key before its rotation."""
+        config = self.config
+        joint = self.kv_a_proj_with_mqa(x.flatten(0, 1)).view(*x.shape[:-1], config.latent_dim)
+        latent, k_rope = joint.split_with_sizes([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+        return self.kv_a_layernorm(latent), k_rope
+
+    def _attend(
+        self,
+        q: Float[Tensor, "batch seq heads qk"],
+        k: Float[Tensor, "batch keys heads qk"],
+        v: Float[Tensor, "batch keys heads v"],
+        mask: Bool[Tensor, "batch 1 seq keys"] | None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        out = attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=self.scale, mask=mask
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
 
     def _attend_cached(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, mask: Tensor | None

@@ -7,6 +7,7 @@ experts); see paper 3.2.1. Nothing else implements a layer.
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from whalefall.model.attention import Context, LatentAttention
 from whalefall.model.dispatch import Dispatched, Dispatcher
 from whalefall.model.feed_forward import MLP, MoE
 from whalefall.model.norm import RMSNorm
+from whalefall.model.recompute import Recompute, rerun, rerun_around_attention
 from whalefall.model.router import Routing
 
 
@@ -42,6 +44,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, dispatcher: Dispatcher):
         super().__init__()
         self.dispatcher = dispatcher
+        self.recompute: Recompute = "none"
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = LatentAttention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -49,8 +52,12 @@ class Block(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if is_dense else MoE(config)
 
     def attend(self, x: Float[Tensor, "batch seq hidden"], context: Context) -> Attended:
-        residual = x + self.self_attn(self.input_layernorm(x), context)
-        normed = self.post_attention_layernorm(residual).flatten(0, 1)
+        if self.recompute == "selective" and torch.is_grad_enabled():
+            attended = rerun_around_attention(self._attention, x, context)
+        else:
+            attended = self._attention(x, context)
+        residual, normed = self.post_attention_layernorm.after_add(x, attended)
+        normed = normed.flatten(0, 1)
         routing = self.mlp.gate(normed) if isinstance(self.mlp, MoE) else None
         return Attended(residual, normed, routing)
 
@@ -83,6 +90,18 @@ class Block(nn.Module):
         return x
 
     def forward(
+        self, x: Float[Tensor, "batch seq hidden"], context: Context
+    ) -> tuple[Float[Tensor, "batch seq hidden"], Routing | None]:
+        if self.recompute == "block" and torch.is_grad_enabled():
+            return rerun(self._stages, x, context)
+        return self._stages(x, context)
+
+    def _attention(
+        self, x: Float[Tensor, "batch seq hidden"], context: Context
+    ) -> Float[Tensor, "batch seq hidden"]:
+        return self.self_attn(self.input_layernorm(x), context)
+
+    def _stages(
         self, x: Float[Tensor, "batch seq hidden"], context: Context
     ) -> tuple[Float[Tensor, "batch seq hidden"], Routing | None]:
         attended = self.attend(x, context)

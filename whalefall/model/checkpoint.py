@@ -31,7 +31,7 @@ from whalefall.model.hf_layout import (
     to_disk,
 )
 from whalefall.model.transformer import Transformer
-from whalefall.ops.fp8_blocks import dequantize_blocks
+from whalefall.ops.fp8_blocks import decode_blocks
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -106,7 +106,7 @@ class HuggingFaceFolder:
         if scale_name not in self.names:
             raise UserError(f"{self.folder}: {name} is FP8, but {scale_name} is missing")
         try:
-            return dequantize_blocks(tensor, self._files[scale_name].get_tensor(scale_name))
+            return decode_blocks(tensor, self._files[scale_name].get_tensor(scale_name))
         except ValueError as error:
             raise UserError(f"{self.folder}: {scale_name}: {error}") from None
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from whalefall.model.router import Routing
-from whalefall.ops.permute import permute, unpermute
+from whalefall.ops.permute import permute, sort_by_expert, unpermute
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Dispatched:
     """Share of each row's output in its token's sum; the expert applies it (FP32)."""
     ends: Int[Tensor, "experts"]
     """``ends[e]`` is the row after the last one of expert e (int32, on the device)."""
-    order: Int[Tensor, "pairs"]
-    """The (token, choice) pair behind each row."""
+    order: Int[Tensor, "..."]
+    """How the rows were sorted, in the form that the dispatcher's own ``combine`` reads."""
 
 
 @runtime_checkable
@@ -39,12 +39,13 @@ class LocalDispatcher:
     """All experts are here: dispatch sorts, combine puts back and sums."""
 
     def dispatch(self, x: Float[Tensor, "tokens hidden"], routing: Routing) -> Dispatched:
-        order = routing.experts.flatten().argsort(stable=True)
-        rows = permute(x, order, routing.experts.shape[1])
-        weights = routing.weights.flatten().gather(0, order)
-        return Dispatched(rows, weights, routing.loads.cumsum(0, dtype=torch.int32), order)
+        places = sort_by_expert(routing.experts, len(routing.loads))
+        weights = routing.weights.flatten()
+        weights = torch.empty_like(weights).scatter(0, places.flatten(), weights)
+        ends = routing.loads.cumsum(0, dtype=torch.int32)
+        return Dispatched(permute(x, places), weights, ends, places)
 
     def combine(
         self, rows: Float[Tensor, "pairs hidden"], dispatched: Dispatched, routing: Routing
     ) -> Float[Tensor, "tokens hidden"]:
-        return unpermute(rows, dispatched.order, routing.experts.shape[1])
+        return unpermute(rows, dispatched.order)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from whalefall.config.model import ModelConfig
-from whalefall.ops.fp8_blocks import quantize_blocks
+from whalefall.ops.fp8_blocks import encode_blocks
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 
@@ -67,7 +67,7 @@ def encode(name: str, tensor: Tensor, dtype: torch.dtype, fp8: bool) -> NamedTen
     if name.endswith(".e_score_correction_bias"):
         return [(name, tensor.float())]
     if fp8 and _QUANTIZED.search(name):
-        weight, scale_inv = quantize_blocks(tensor)
+        weight, scale_inv = encode_blocks(tensor)
         return [(name, weight), (name + SCALE_SUFFIX, scale_inv)]
     return [(name, tensor.to(dtype))]
 

@@ -8,6 +8,7 @@ from whalefall.config.model import ModelConfig
 from whalefall.model.attention import Context
 from whalefall.model.block import Block
 from whalefall.model.dispatch import Dispatcher
+from whalefall.model.linear import Linear
 from whalefall.model.norm import RMSNorm
 from whalefall.model.router import Routing
 
@@ -34,7 +35,7 @@ class MTPModule(Block):
         hidden = config.hidden_size
         self.enorm = RMSNorm(hidden, config.rms_norm_eps)
         self.hnorm = RMSNorm(hidden, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+        self.eh_proj = Linear(2 * hidden, hidden)
         self.shared_head = SharedHead(config)
 
     def predict(

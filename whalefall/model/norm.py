@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from whalefall.ops.rms_norm import rms_norm
+from whalefall.ops.rms_norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -17,3 +17,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         return rms_norm(x, self.weight, self.eps)
+
+    def after_add(
+        self, residual: Float[Tensor, "*batch dim"], delta: Float[Tensor, "*batch dim"]
+    ) -> tuple[Float[Tensor, "*batch dim"], Float[Tensor, "*batch dim"]]:
+        """residual + delta, and its norm."""
+        return add_rms_norm(residual, delta, self.weight, self.eps)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from whalefall.config.model import ModelConfig
+from whalefall.ops.linear_fp32 import linear_fp32
+from whalefall.ops.route import count_top_k, route
 
 
 @dataclass(frozen=True)
@@ -49,34 +50,17 @@ class Router(nn.Module):
         return self
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Routing:
-        scores = F.linear(x.float(), self.weight.float()).sigmoid()
-        experts = self._choose(scores.detach() + self.e_score_correction_bias)
-        weights = scores.gather(1, experts)
-        if self.config.norm_topk_prob:
-            weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
-        return Routing(
-            experts, weights * self.config.routed_scaling_factor, scores, self._count(experts)
-        )
-
-    def _choose(self, biased: Float[Tensor, "tokens experts"]) -> Int[Tensor, "tokens top_k"]:
-        """Top-k experts within the best groups; a group is worth its two best biased scores."""
         config = self.config
-        if config.topk_group < config.n_group:
-            grouped = biased.unflatten(1, (config.n_group, -1))
-            worth = grouped.topk(2, dim=-1).values.sum(-1)
-            kept = worth.topk(config.topk_group, dim=1, sorted=False).indices
-            # -inf and not 0: a biased score may be negative, and 0 would then win.
-            handicap = torch.full_like(worth, float("-inf")).scatter_(1, kept, 0.0)
-            biased = (grouped + handicap.unsqueeze(-1)).flatten(1)
-        return biased.topk(config.num_experts_per_tok, dim=1, sorted=False).indices
-
-    def _count(self, experts: Int[Tensor, "tokens top_k"]) -> Int[Tensor, "experts"]:
-        flat, size = experts.flatten(), self.config.n_routed_experts
-        if not flat.is_cuda:
-            return flat.bincount(minlength=size)
-        # bincount would wait for the device to learn its length.
-        loads = torch.zeros(size, dtype=torch.int64, device=flat.device)
-        return loads.scatter_add_(0, flat, torch.ones_like(flat))
+        routed = route(
+            linear_fp32(x, self.weight),
+            self.e_score_correction_bias,
+            top_k=config.num_experts_per_tok,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            norm_topk_prob=config.norm_topk_prob,
+            scale=config.routed_scaling_factor,
+        )
+        return Routing(*routed)
 
 
 def sequence_balance_loss(
@@ -88,10 +72,8 @@ def sequence_balance_loss(
     experts / top_k; P_i the mean of s_i over the token's sum of scores. Perfect balance gives 1.
     """
     _, seq, experts = scores.shape
-    chosen = scores.detach().topk(top_k, dim=-1, sorted=False).indices
-    counts = torch.zeros_like(scores[:, 0]).scatter_add_(
-        1, chosen.flatten(1), torch.ones_like(chosen.flatten(1), dtype=scores.dtype)
-    )
+    counts = count_top_k(scores.detach(), top_k).type_as(scores)
     frequency = counts * (experts / (top_k * seq))
-    probability = (scores / scores.sum(-1, keepdim=True)).mean(1)
-    return (frequency * probability).sum(-1).mean()
+    # Summed over experts first: s / sum(s), as wide as the scores, is never made.
+    weighted = (scores @ frequency.unsqueeze(-1)).squeeze(-1)
+    return (weighted / scores.sum(-1)).mean()

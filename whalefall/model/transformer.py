@@ -5,20 +5,25 @@ only the routed experts are stacked, see ``model/checkpoint.py``.
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from whalefall.config.model import ModelConfig
+from whalefall.errors import UserError
 from whalefall.model.attention import Context
 from whalefall.model.block import Block
 from whalefall.model.cache import LatentCache
 from whalefall.model.dispatch import Dispatcher, LocalDispatcher
+from whalefall.model.feed_forward import Experts
+from whalefall.model.linear import Linear
 from whalefall.model.mtp import MTPModule
 from whalefall.model.norm import RMSNorm
+from whalefall.model.recompute import Recompute
 from whalefall.model.router import Router, Routing
+from whalefall.ops.fp8_linear import FP8_ALIGNMENT, Recipe
 from whalefall.ops.rope import inverse_frequencies, rotations, yarn_frequencies, yarn_mscale
 
 
@@ -106,6 +111,23 @@ class Transformer(nn.Module):
     @property
     def mtp_modules(self) -> list[MTPModule]:
         return [*self.model.layers][self.config.num_hidden_layers :]
+
+    def use_recipe(self, recipe: Recipe | None) -> None:
+        """Run the products of every projection and expert by ``recipe``; None is the weights' type.
+
+        Embedding, head, routers, norms and attention are not concerned (paper 3.3.1). Raises
+        UserError where a size does not suit FP8.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, Linear | Experts):
+                if recipe is not None:
+                    _check_sizes(name, module)
+                module.recipe = recipe
+
+    def recompute(self, choice: Recompute) -> None:
+        """What each block's backward pass makes again instead of keeping."""
+        for layer in self.model.layers:
+            cast(Block, layer).recompute = choice
 
     def routers(self) -> list[Router]:
         """Routers in the order of ``expert_loads``."""
@@ -199,6 +221,16 @@ class Transformer(nn.Module):
         positions = torch.arange(seq, device=device).unsqueeze(0)
         mask = None if documents is None else same_document_mask(documents[:, :seq])
         return Context(self.rotation(positions), mask)
+
+
+def _check_sizes(name: str, module: Linear | Experts) -> None:
+    for weight in module.parameters():
+        if weight.ndim > 1 and any(size % FP8_ALIGNMENT for size in weight.shape[-2:]):
+            out_features, in_features = weight.shape[-2:]
+            raise UserError(
+                f"FP8 products need sizes that are multiples of {FP8_ALIGNMENT}, but {name} is "
+                f"{out_features} x {in_features}"
+            )
 
 
 def same_document_mask(documents: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq seq"]:

@@ -3,7 +3,8 @@
 At 4,096 tokens and 129,280 words the FP32 logits alone are 2.1 GB, and autograd would keep two
 more copies. Here the tokens go through the head in chunks, and the gradients of a chunk are made
 while its logits are still there: three GEMMs, as plain autograd has, and memory for one chunk.
-The idea is Liger Kernel's fused linear cross-entropy (arXiv 2410.10989).
+The idea is Liger Kernel's fused linear cross-entropy (arXiv 2410.10989). On CUDA the logits become
+their gradient in place, in one kernel.
 """
 
 from typing import Any
@@ -13,11 +14,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from whalefall.ops.function import runs_kernel
+
 IGNORED = -100
 """Target of a position that has none."""
 
 CHUNK_LOGITS = 2**25
 """FP32 logits alive at a time (128 MiB)."""
+
+CHUNK_LOGITS_CUDA = 2**28
+"""Logits alive at a time on CUDA (512 MiB in BF16): each chunk reads and writes the sum of the
+head's gradient, so a GPU, which has the memory, takes few."""
 
 
 def linear_cross_entropy(
@@ -52,36 +59,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, token_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        most = CHUNK_LOGITS_CUDA if runs_kernel(hidden, head) else CHUNK_LOGITS
+        rows = max(1, most // len(head))
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Collected in FP32: rounding to BF16 after every chunk would add up.
-        wide = torch.promote_types(head.dtype, torch.float32)
-        grad_head = torch.zeros_like(head, dtype=wide) if needs_head else None
+        grad_head = None
+        if needs_head:
+            # Chunks are collected in FP32: rounding to BF16 after every one would add up.
+            wide = torch.promote_types(head.dtype, torch.float32)
+            grad_head = torch.zeros_like(head, dtype=wide if len(hidden) > rows else head.dtype)
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        rows = max(1, CHUNK_LOGITS // len(head))
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            x, target = hidden[chunk], targets[chunk]
-            counted = target != IGNORED
-            column = target.where(counted, 0).unsqueeze(1)
-            logits = (x @ head.T).float()
-            logits -= logits.amax(1, keepdim=True)
-            chosen = logits.gather(1, column).squeeze(1)
-            # One exponential a logit serves the normalizer and the softmax, where the logits were.
-            normalizer = logits.exp_().sum(1)
-            nll[chunk] = (normalizer.log() - chosen).where(counted, 0.0)
-            if not (needs_hidden or needs_head):
-                continue
-            # d nll / d logits = softmax - one_hot.
-            weight = token_weights[chunk] * counted
-            grad = logits.mul_((weight / normalizer).unsqueeze(1))
-            grad.scatter_add_(1, column, -weight.to(grad.dtype).unsqueeze(1))
-            grad = grad.to(hidden.dtype)
+            x = hidden[chunk]
+            grad = _nll_and_gradient(
+                x @ head.T,
+                targets[chunk],
+                token_weights[chunk],
+                nll[chunk],
+                with_gradient=needs_hidden or needs_head,
+            )
             if grad_hidden is not None:
                 torch.mm(grad, head, out=grad_hidden[chunk])
-            if grad_head is not None and grad_head.dtype == x.dtype:
-                grad_head.addmm_(grad.T, x)
-            elif grad_head is not None:
-                grad_head += grad.T @ x
+            if grad_head is not None:
+                _add_product_(grad_head, grad.T, x)
         ctx.grads = (grad_hidden, grad_head)
         ctx.mark_non_differentiable(nll)
         return (nll * token_weights).sum(), nll
@@ -94,5 +94,53 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # In place: a second [vocab, hidden] would be the largest tensor of the step.
         for grad in (grad_hidden, grad_head):
             if grad is not None:
-                grad.mul_(grad_sum)
+                _scale_(grad, grad_sum)
         return grad_hidden, grad_head, None, None
+
+
+def _nll_and_gradient(
+    logits: Tensor, target: Tensor, weight: Tensor, nll: Tensor, *, with_gradient: bool
+) -> Tensor:
+    """Fill ``nll``; the logits, where they were if possible, become their own gradient."""
+    if runs_kernel(logits):
+        from whalefall.kernels import cross_entropy as kernel
+
+        kernel.nll_and_gradient_(
+            logits, target, weight, nll, ignored=IGNORED, with_gradient=with_gradient
+        )
+        return logits
+    counted = target != IGNORED
+    column = target.where(counted, 0).unsqueeze(1)
+    wide = logits.float()
+    wide -= wide.amax(1, keepdim=True)
+    chosen = wide.gather(1, column).squeeze(1)
+    # One exponential a logit serves the normalizer and the softmax, where the logits were.
+    normalizer = wide.exp_().sum(1)
+    nll.copy_((normalizer.log() - chosen).where(counted, 0.0))
+    if not with_gradient:
+        return logits
+    # d nll / d logits = softmax - one_hot.
+    weight = weight * counted
+    grad = wide.mul_((weight / normalizer).unsqueeze(1))
+    grad.scatter_add_(1, column, -weight.to(grad.dtype).unsqueeze(1))
+    return grad.to(logits.dtype)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``, without rounding the product to a narrower type than total's."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
+
+
+def _scale_(x: Tensor, factor: Tensor) -> None:
+    """``x *= factor``. The factor of a loss is nearly always 1; on CUDA that moves nothing."""
+    if runs_kernel(x):
+        from whalefall.kernels import cross_entropy as kernel
+
+        kernel.scale_(x, factor)
+    else:
+        x.mul_(factor)

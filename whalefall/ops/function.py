@@ -23,3 +23,8 @@ class _NothingKept:
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         pass
+
+
+def runs_kernel(*tensors: Tensor) -> bool:
+    """Whether our Triton kernels take these: on CUDA, in BF16 or FP32."""
+    return all(x.is_cuda and x.dtype in (torch.bfloat16, torch.float32) for x in tensors)

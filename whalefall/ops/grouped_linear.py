@@ -22,10 +22,18 @@ def grouped_linear(
     ends: Int[Tensor, "groups"],
 ) -> Float[Tensor, "rows out"]:
     """x[i] @ weight[group of i]^T for every row. Groups may be empty."""
-    aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0
-    if x.is_cuda and x.dtype == torch.bfloat16 and aligned:
+    if _has_grouped_gemm(x, weight.shape[1]):
         return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
     return call(_GroupedLinear, x, weight, ends)
+
+
+def grouped_weight_gradient(
+    grad: Float[Tensor, "rows out"], x: Float[Tensor, "rows in"], ends: Int[Tensor, "groups"]
+) -> Float[Tensor, "groups out in"]:
+    """grad^T x over the rows of each group; zeros for an empty one."""
+    if _has_grouped_gemm(x, grad.shape[1]):
+        return F.grouped_mm(grad.T, x, offs=ends)
+    return _weight_gradient(grad, x, _non_empty(ends), len(ends))
 
 
 def reference(
@@ -58,14 +66,28 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for group, start, end in ctx.bounds:
-            if grad_x is not None:
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x)
+            for group, start, end in ctx.bounds:
                 torch.mm(grad[start:end], weight[group], out=grad_x[start:end])
-            if grad_weight is not None:
-                torch.mm(grad[start:end].T, x[start:end], out=grad_weight[group])
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(grad, x, ctx.bounds, len(weight))
         return grad_x, grad_weight, None
+
+
+def _weight_gradient(
+    grad: Tensor, x: Tensor, bounds: list[tuple[int, int, int]], groups: int
+) -> Tensor:
+    out = x.new_zeros(groups, grad.shape[1], x.shape[1])
+    for group, start, end in bounds:
+        torch.mm(grad[start:end].T, x[start:end], out=out[group])
+    return out
+
+
+def _has_grouped_gemm(x: Tensor, out_features: int) -> bool:
+    aligned = x.shape[1] % 8 == 0 and out_features % 8 == 0
+    return x.is_cuda and x.dtype == torch.bfloat16 and aligned
 
 
 def _non_empty(ends: Tensor) -> list[tuple[int, int, int]]:

@@ -1,70 +1,89 @@
-"""Move tokens to their experts and back: a gather, and its transpose.
+"""Move tokens to their experts and back: a copy to ``top_k`` rows, and its transpose, their sum.
 
-``order`` lists the (token, choice) pairs sorted by expert; pair p belongs to token p // top_k.
-Each direction is the other's gradient, and both gather: the sums have a fixed order, so the
-result is the same from run to run, which scattering with atomics is not. A single token, the case
-of decoding, needs no indices.
+``places[t, k]`` is the row of token t's k-th choice among the rows sorted by expert. Each
+direction is the other's gradient and needs nothing but this table. The sums have a fixed order,
+so the result is the same from run to run, which adding with atomics is not.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from whalefall.ops.function import call
+from whalefall.ops.function import call, runs_kernel
+
+
+def sort_by_expert(
+    experts: Int[Tensor, "tokens top_k"], n_experts: int
+) -> Int[Tensor, "tokens top_k"]:
+    """``places`` (int64) of choices below ``n_experts``; an expert's rows are in token order."""
+    if experts.is_cuda:
+        from whalefall.kernels import permute as kernel
+
+        return kernel.sort_by_expert(experts, n_experts)
+    return _inverse(experts.flatten().argsort(stable=True)).view_as(experts)
 
 
 def permute(
-    x: Float[Tensor, "tokens hidden"], order: Int[Tensor, "pairs"], top_k: int
+    x: Float[Tensor, "tokens hidden"], places: Int[Tensor, "tokens top_k"]
 ) -> Float[Tensor, "pairs hidden"]:
     """One row per (token, choice), sorted by expert."""
-    return call(_Permute, x, order, top_k)
+    return call(_Permute, x, places)
 
 
 def unpermute(
-    rows: Float[Tensor, "pairs hidden"], order: Int[Tensor, "pairs"], top_k: int
+    rows: Float[Tensor, "pairs hidden"], places: Int[Tensor, "tokens top_k"]
 ) -> Float[Tensor, "tokens hidden"]:
-    """Each token's ``top_k`` rows summed."""
-    return call(_Unpermute, rows, order, top_k)
+    """Each token's ``top_k`` rows summed, in FP32 for lower precisions."""
+    return call(_Unpermute, rows, places)
 
 
-def _gather(x: Tensor, order: Tensor, top_k: int) -> Tensor:
-    if len(x) == 1:
+def _spread(x: Tensor, places: Tensor) -> Tensor:
+    if runs_kernel(x):
+        from whalefall.kernels import permute as kernel
+
+        return kernel.spread(x, places)
+    top_k = places.shape[1]
+    if len(x) == 1:  # decoding: all rows are alike, whatever their order
         return x.repeat(top_k, 1)
-    return x.index_select(0, order.div(top_k, rounding_mode="floor"))
+    return x.index_select(0, _inverse(places.flatten()).div(top_k, rounding_mode="floor"))
 
 
-def _gather_sum(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
-    if len(rows) == top_k:
+def _gather_sum(rows: Tensor, places: Tensor) -> Tensor:
+    if runs_kernel(rows):
+        from whalefall.kernels import permute as kernel
+
+        return kernel.gather_sum(rows, places)
+    if len(places) == 1:
         return rows.sum(0, keepdim=True)
-    pairs = torch.arange(len(order), device=order.device)
-    row_of_pair = torch.empty_like(order).scatter_(0, order, pairs)
     # A bag of rows is gathered and summed in one pass, without a copy of [pairs, hidden].
-    return torch.embedding_bag(rows, row_of_pair, pairs[::top_k])[0]
+    return F.embedding_bag(places, rows, mode="sum")
+
+
+def _inverse(permutation: Tensor) -> Tensor:
+    index = torch.arange(len(permutation), device=permutation.device)
+    return torch.empty_like(permutation).scatter_(0, permutation, index)
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.top_k = top_k
-        return _gather(x, order, top_k)
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return _spread(x, places)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (order,) = ctx.saved_tensors
-        return _gather_sum(grad, order, ctx.top_k), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gather_sum(grad, *ctx.saved_tensors), None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.top_k = top_k
-        return _gather_sum(rows, order, top_k)
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return _gather_sum(rows, places)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (order,) = ctx.saved_tensors
-        return _gather(grad, order, ctx.top_k), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _spread(grad, *ctx.saved_tensors), None

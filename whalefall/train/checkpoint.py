@@ -62,7 +62,7 @@ class CheckpointWriter:
             shutil.rmtree(leftover)
 
     def save(self, state: State) -> None:
-        """Copy ``state`` to the CPU now, and write it while training goes on.
+        """Copy ``state`` to the CPU now, tensor by tensor, and write it while training goes on.
 
         Raises:
             UserError: the write before this one met a full disk.

@@ -7,25 +7,31 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from whalefall.train.masters import Masters
+
 
 class EMA:
     """average = decay * average + (1 - decay) * weight, starting from the initial weights.
 
     There is no bias correction: before about 1 / (1 - decay) updates the average still remembers
-    where it started. On CUDA an update copies the weights to pinned memory on a stream of its own
-    and averages them in a thread; call ``wait_for_copy`` before the weights change again.
+    where it started. Averages are FP32, whatever the weights are. On CUDA an update copies the
+    weights, as they are stored, to pinned memory on a stream of its own and averages them in a
+    thread; call ``wait_for_copy`` before the weights change again.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], decay: float):
-        """``weights`` are the live FP32 masters by name; they are read at each update."""
-        self._names = list(weights)
-        self._weights = [weight.detach() for weight in weights.values()]
-        self._averages = [weight.to("cpu", copy=True) for weight in self._weights]
+    def __init__(self, weights: Masters, decay: float):
+        """``weights`` are live; they are read at each update."""
+        self._weights = self._staged = weights
+        self._averages = {
+            name: weight.detach().to("cpu", torch.float32, copy=True)
+            for name, weight in weights.items()
+        }
         self._rate = 1 - decay
-        self._is_asynchronous = self._weights[0].is_cuda
+        device = weights.tensors()[0].device
+        self._is_asynchronous = device.type == "cuda"
         if self._is_asynchronous:
-            self._staged = [torch.empty_like(a).pin_memory() for a in self._averages]
-            self._stream = torch.cuda.Stream(self._weights[0].device)
+            self._staged = weights.pinned()
+            self._stream = torch.cuda.Stream(device)
             self._copied = torch.cuda.Event()
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="ema")
             self._pending: Future[None] | None = None
@@ -33,14 +39,14 @@ class EMA:
     def update(self) -> None:
         """Absorb the weights as they are now."""
         if not self._is_asynchronous:
-            torch._foreach_lerp_(self._averages, self._weights, self._rate)
+            self._absorb()
             return
         self.join()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            torch._foreach_copy_(self._staged, self._weights, non_blocking=True)
+            torch._foreach_copy_(self._staged.tensors(), self._weights.tensors(), non_blocking=True)
             self._copied.record()
-        self._pending = self._worker.submit(self._absorb)
+        self._pending = self._worker.submit(self._absorb_staged)
 
     def wait_for_copy(self) -> None:
         """Let the device finish reading the weights before it changes them."""
@@ -56,12 +62,11 @@ class EMA:
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by parameter name, with all updates in them; views, not copies."""
         self.join()
-        return dict(zip(self._names, self._averages, strict=True))
+        return dict(self._averages)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.join()
-        for name, average in zip(self._names, self._averages, strict=True):
-            average.copy_(state[name])
+        _fill(self._averages, state)
 
     @contextmanager
     def swap(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
@@ -74,12 +79,17 @@ class EMA:
         finally:
             _fill(parameters, kept)
 
-    def _absorb(self) -> None:
+    def _absorb_staged(self) -> None:
         self._copied.synchronize()
-        torch._foreach_lerp_(self._averages, self._staged, self._rate)
+        self._absorb()
+
+    @torch.no_grad()
+    def _absorb(self) -> None:
+        for name, average in self._averages.items():
+            average.lerp_(self._staged[name].float(), self._rate)
 
 
 @torch.no_grad()
-def _fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
+def _fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, target in targets.items():
+        target.copy_(values[name])

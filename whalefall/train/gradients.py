@@ -1,11 +1,11 @@
 """Forward and backward over the micro-batches of one step, as if they were one batch."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from whalefall.data.loader import Batch
@@ -15,25 +15,20 @@ from whalefall.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class StepLosses:
-    """The losses of a step's micro-batches, and where its tokens went."""
+    """The losses of a step's micro-batches, and where its tokens went; on the device."""
 
-    parts: dict[str, list[float]]
-    """By name (``main``, ``mtp 1``, ..., ``balance``, ``loss``), what each micro-batch adds."""
+    names: list[str]
+    """``main``, ``mtp 1``, ..., ``balance``, ``loss``."""
+    parts: Float[Tensor, "names micro_batches"]
+    """What each micro-batch adds to each of them."""
     expert_loads: Int[Tensor, "layers experts"]
 
-    def record(self) -> dict[str, float | list[float]]:
-        """The losses of the whole batch: loss, main, mtp (a list over the depths) and balance."""
-        sums = {part: sum(values) for part, values in self.parts.items()}
-        mtp = [value for part, value in sums.items() if part.startswith("mtp")]
-        return {"loss": sums["loss"], "main": sums["main"], "mtp": mtp, "balance": sums["balance"]}
 
-    def not_finite(self) -> tuple[str, int] | None:
-        """The first part that is NaN or infinite, and its micro-batch."""
-        for part, values in self.parts.items():
-            for index, value in enumerate(values):
-                if not math.isfinite(value):
-                    return part, index
-        return None
+def summary(names: Sequence[str], parts: Float[Tensor, "names micro_batches"]) -> dict[str, Any]:
+    """The losses of the whole batch: loss, main, mtp (a list over the depths) and balance."""
+    sums = dict(zip(names, parts.double().sum(1).tolist(), strict=True))
+    mtp = [value for name, value in sums.items() if name.startswith("mtp")]
+    return {"loss": sums["loss"], "main": sums["main"], "mtp": mtp, "balance": sums["balance"]}
 
 
 def accumulate_gradients(
@@ -45,7 +40,7 @@ def accumulate_gradients(
 ) -> StepLosses:
     """Add the gradients of the whole batch's loss to the parameters, a micro-batch at a time.
 
-    The device is waited for once, at the end.
+    The host does not wait for the device.
     """
     device, depths = model.lm_head.weight.device, len(model.mtp_modules)
     targets = [count_targets(batch.tokens, batch.documents, depths) for batch in micro_batches]
@@ -56,10 +51,10 @@ def accumulate_gradients(
         documents = batch.documents
         losses = training_loss(
             model,
-            batch.tokens.to(device, non_blocking=True),
+            _sent(batch.tokens, device),
             mtp_weight=mtp_weight,
             sequence_alpha=sequence_alpha,
-            documents=None if documents is None else documents.to(device, non_blocking=True),
+            documents=None if documents is None else _sent(documents, device),
             size=size,
         )
         losses.total.backward()
@@ -67,5 +62,9 @@ def accumulate_gradients(
         values.append(torch.stack(parts))
         loads.append(losses.expert_loads)
     names = ["main", *(f"mtp {depth}" for depth in range(1, depths + 1)), "balance", "loss"]
-    by_part = torch.stack(values, dim=1).tolist()
-    return StepLosses(dict(zip(names, by_part, strict=True)), torch.stack(loads).sum(0))
+    return StepLosses(names, torch.stack(values, dim=1), torch.stack(loads).sum(0))
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """On the device; from pinned memory, the only kind that is copied without waiting."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

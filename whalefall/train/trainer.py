@@ -7,7 +7,8 @@ same bits, on the same device and number of threads.
 
 import math
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from whalefall.config.load import save_config
 from whalefall.config.train import TrainConfig
@@ -26,9 +28,12 @@ from whalefall.train.checkpoint import CheckpointWriter, State, latest, load
 from whalefall.train.console import ConsoleSink
 from whalefall.train.ema import EMA
 from whalefall.train.evaluate import bits_per_byte
-from whalefall.train.gradients import StepLosses, accumulate_gradients
-from whalefall.train.metrics import Broadcast, JsonLines, Sink, Speed, TensorBoard
+from whalefall.train.gradients import accumulate_gradients, summary
+from whalefall.train.masters import Masters
+from whalefall.train.metrics import Broadcast, JsonLines, Record, Sink, Speed, TensorBoard
 from whalefall.train.optimizer import AdamW
+from whalefall.train.precision import WORKING, recipe
+from whalefall.train.readback import Readback
 from whalefall.train.schedule import (
     Position,
     advance,
@@ -54,6 +59,21 @@ class TrainResult:
     stopped: Reason
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A step that the device has been given, and what is to be known of it."""
+
+    position: Position
+    """After it."""
+    rows: int
+    learning_rate: float
+    batches: Sequence[Batch]
+    names: list[str]
+    """Of the losses' parts."""
+    numbers: Readback
+    began: float
+
+
 class Trainer:
     """One run: set up, or resumed, by the constructor; carried on by ``run``.
 
@@ -67,6 +87,8 @@ class Trainer:
         _check_single_process()
         self.config = config
         self.device = _device(config.runtime.device)
+        if config.runtime.deterministic:
+            torch.use_deterministic_algorithms(True)
         if config.runtime.threads is not None:
             torch.set_num_threads(config.runtime.threads)
         self.loader = Loader(
@@ -83,8 +105,10 @@ class Trainer:
             config.model,
             seed=config.seed,
             device=self.device,
-            dtype=getattr(torch, config.runtime.precision),
+            dtype=WORKING[config.precision.working],
         )
+        self.model.use_recipe(recipe(config.precision, self.device))
+        self.model.recompute(config.memory.recompute)
         self.optimizer = AdamW(self.model.named_parameters(), config.optimizer)
         folder = latest(config.output)
         if folder is None and config.initialize_from is not None:
@@ -101,6 +125,8 @@ class Trainer:
         self._saved_step = None if folder is None else self.position.step
         self._speed = Speed(config, self.device)
         self._given_sinks = sinks
+        self._unread: deque[_Step] = deque()
+        self._last_read = 0.0
 
     def run(self) -> TrainResult:
         """Train until the tokens are used up, the time is over, or a signal asks to stop."""
@@ -119,6 +145,7 @@ class Trainer:
                     self._save()
             if stopped == "time" and not self._is_due(config.evaluation.every_steps):
                 self._evaluate()
+            self._settle()
             if self._saved_step != self.position.step:
                 self._save()
         return TrainResult(
@@ -126,7 +153,11 @@ class Trainer:
         )
 
     def _step(self) -> None:
-        """One optimizer step: a function of the configuration and the position."""
+        """One optimizer step: a function of the configuration and the position.
+
+        On CUDA the host does not wait for it: its numbers are read a step later, while the device
+        works on the next one.
+        """
         began = time.perf_counter()
         schedule, position = self.config.schedule, self.position
         rows = batch_rows(schedule, position)
@@ -137,37 +168,47 @@ class Trainer:
             mtp_weight=mtp_weight(schedule, position),
             sequence_alpha=self.config.balance.sequence_alpha,
         )
-        self._check_losses(losses, batches)
-
         if self.ema is not None:
             self.ema.wait_for_copy()
         rate = learning_rate(schedule, position)
-        norm = self.optimizer.step(rate)
-        self._check_gradients(norm, batches)
-
+        norm = self.optimizer.step(rate, losses=losses.parts)
         loads = sum_over_ranks(losses.expert_loads)
         update_biases(self.model.routers(), loads, bias_update_speed(schedule, position))
         self.position = advance(position, rows, self.config.data.sequence_length)
         if self.ema is not None and self.position.step % self.config.ema.every_steps == 0:
             self.ema.update()
-        if self._is_due(self.config.logging.every_steps):
-            seconds = time.perf_counter() - began
-            self._metrics.write(
-                {
-                    "step": self.position.step,
-                    "tokens": self.position.tokens,
-                    "rows": rows,
-                    **losses.record(),
-                    "learning_rate": rate,
-                    "gradient_norm": norm,
-                    **self._speed.record(self.position.tokens - position.tokens, seconds),
-                    "max_violation": max_violation(loads).tolist(),
-                    "expert_load": load_shares(loads),
-                }
-            )
+        numbers = Readback({"parts": losses.parts, "norm": norm, "loads": loads})
+        self._unread.append(_Step(self.position, rows, rate, batches, losses.names, numbers, began))
+        self._settle(leaving=1 if self.device.type == "cuda" else 0)
+
+    def _settle(self, *, leaving: int = 0) -> None:
+        """Read the numbers of all steps but the last few: stop at a bad one, record the others."""
+        while len(self._unread) > leaving:
+            step = self._unread.popleft()
+            numbers = step.numbers.read()
+            now = time.perf_counter()
+            seconds, self._last_read = now - max(step.began, self._last_read), now
+            self._check(step, numbers["parts"], numbers["norm"].item())
+            if step.position.step % self.config.logging.every_steps == 0 or self._is_finished():
+                self._metrics.write(self._record(step, numbers, seconds))
+
+    def _record(self, step: _Step, numbers: Mapping[str, Tensor], seconds: float) -> Record:
+        tokens = step.rows * self.config.data.sequence_length
+        return {
+            "step": step.position.step,
+            "tokens": step.position.tokens,
+            "rows": step.rows,
+            **summary(step.names, numbers["parts"]),
+            "learning_rate": step.learning_rate,
+            "gradient_norm": numbers["norm"].item(),
+            **self._speed.record(tokens, seconds),
+            "max_violation": max_violation(numbers["loads"]).tolist(),
+            "expert_load": load_shares(numbers["loads"]),
+        }
 
     def _evaluate(self) -> None:
         """Score the held-out rows with the weights, and with their average where there is one."""
+        self._settle()
         scores = {"heldout_bits_per_byte": self._score_heldout()}
         if self.ema is not None:
             with self.ema.swap(dict(self.model.named_parameters())):
@@ -177,12 +218,13 @@ class Trainer:
 
     def _save(self) -> None:
         """Take a checkpoint of this position; it is written while training goes on."""
+        self._settle()
         self._writer.save(
             State(
                 self.position,
                 self.config,
                 # FP32 masters in place of the working weights; the rest are buffers.
-                {**self.model.state_dict(), **self.optimizer.masters},
+                Masters(self.model.state_dict(), self.optimizer.masters.remainders),
                 self.optimizer.state_dict(),
                 None if self.ema is None else self.ema.state_dict(),
                 self.loader.tokenizer.fingerprint,
@@ -203,7 +245,7 @@ class Trainer:
                 f"{ours.get(name, 'missing')} in model; they must be of one shape"
             )
         self.model.load_state_dict(weights)
-        self.optimizer.load_masters(weights)
+        self.optimizer.masters.copy_(weights)
 
     def _restore(self, state: State) -> None:
         if state.tokenizer != self.loader.tokenizer.fingerprint:
@@ -249,23 +291,27 @@ class Trainer:
             documents=None if documents is None else documents[:, targets],
         )
 
-    def _check_losses(self, losses: StepLosses, batches: Sequence[Batch]) -> None:
-        if (bad := losses.not_finite()) is not None:
-            part, index = bad
-            raise self._not_finite(part, losses.parts[part][index], batches[index : index + 1])
-
-    def _check_gradients(self, norm: float, batches: Sequence[Batch]) -> None:
+    def _check(self, step: _Step, parts: Tensor, norm: float) -> None:
+        """Raise UserError where the step met something that is not finite; it was not applied."""
+        for name, values in zip(step.names, parts.tolist(), strict=True):
+            for index, value in enumerate(values):
+                if not math.isfinite(value):
+                    raise self._not_finite(step, name, value, step.batches[index : index + 1])
         if not math.isfinite(norm):
+            # A GPU's gradients are gone by now.
             named = self.optimizer.gradients().items()
             bad = (name for name, gradient in named if not gradient.isfinite().all())
-            first = next(bad, "none by itself, only their norm")
-            raise self._not_finite(f"gradient norm (first bad gradient: {first})", norm, batches)
+            first = next(bad, None)
+            which = f" (first bad gradient: {first})" if first else ""
+            raise self._not_finite(step, f"gradient norm{which}", norm, step.batches)
 
-    def _not_finite(self, part: str, value: float, batches: Sequence[Batch]) -> UserError:
+    def _not_finite(
+        self, step: _Step, part: str, value: float, batches: Sequence[Batch]
+    ) -> UserError:
         names = sorted({name for batch in batches for name in batch.document_ids})
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         return UserError(
-            f"step {self.position.step + 1}: {part} is {value}, in documents "
+            f"step {step.position.step}: {part} is {value}, in documents "
             f"{', '.join(names[:8])}{more}; the step was not applied, and the checkpoints in "
             f"{self.config.output} are as they were"
         )
@@ -287,6 +333,8 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # the kernels run on the current one
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"runtime.device is {name!r}, which cannot be used: {error}") from None
     return device

@@ -1,0 +1,259 @@
+"""What FP8 costs in loss: one network, one data order, BF16 beside FP8 and its ablations.
+
+    whalefall data prepare SOURCES --output DATA --vocab-size 16384
+    python benchmarks/fp8_loss.py DATA [--variants ...] [--tokens 4e7] [--json PATH] [--plot PATH]
+
+Every part of DeepSeek-V3 is on; embedding, head, router, norms and attention stay in BF16 or FP32
+in every variant. Each variant is a run of its own; with several GPUs they run side by side. Losses
+are means over windows of the steps, compared window by window (paper, appendix B.1: below 0.25 %).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Queue
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import write_result
+from torch import Tensor
+
+from whalefall.config.train import TrainConfig
+from whalefall.model.transformer import parameter_counts
+from whalefall.ops import fp8_experts, fp8_linear
+from whalefall.train.trainer import Trainer
+
+FP8 = {"fprop": "fp8", "dgrad": "fp8", "wgrad": "fp8"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "fp8": {"precision": FP8},
+    "fp8, power-of-two scales": {"precision": {**FP8, "power_of_two_scales": True}},
+    "fp8, one scale a tensor": {"precision": {**FP8, "power_of_two_scales": True}},
+    "fp8, gradients in 128x128 blocks": {"precision": {**FP8, "power_of_two_scales": True}},
+    "fp8, wgrad in bf16": {"precision": {**FP8, "wgrad": "bf16"}},
+    "fp8, fp32 moments": {"precision": FP8, "optimizer": {"moment_dtype": "float32"}},
+    "bf16, another seed of weights": {"seed": 1},
+}
+"""The last one is the measure of chance: how far two BF16 runs are apart."""
+
+SEQUENCE, ROWS, WINDOW = 2048, 16, 50
+
+
+def make_config(variant: str, data: Path, output: Path, tokens: float) -> TrainConfig:
+    base: dict[str, Any] = {
+        "output": str(output),
+        "model": {
+            "vocab_size": 16384,
+            "hidden_size": 1024,
+            "num_hidden_layers": 10,
+            "first_k_dense_replace": 1,
+            "intermediate_size": 3072,
+            "num_attention_heads": 8,
+            "q_lora_rank": 512,
+            "kv_lora_rank": 256,
+            "n_routed_experts": 32,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "moe_intermediate_size": 384,
+            "num_nextn_predict_layers": 1,
+            "max_position_embeddings": SEQUENCE,
+            "rope_scaling": None,
+        },
+        "data": {"sources": [{"path": str(data)}], "sequence_length": SEQUENCE},
+        "schedule": {
+            "total_tokens": tokens,
+            "warmup_steps": 100,
+            "learning_rate": [
+                {"value": 6e-4, "until": tokens / 2},
+                {"value": 6e-5, "until": tokens, "shape": "cosine"},
+                {"value": 6e-5},
+            ],
+            "batch_rows": [{"value": ROWS}],
+            "bias_update_speed": [{"value": 0.001}],
+            "mtp_weight": [{"value": 0.3}],
+        },
+        "ema": {"enabled": False},
+        "evaluation": {"every_steps": 10**9, "rows": 64},
+        "checkpoint": {"every_steps": 10**9, "keep": 1},
+        "logging": {"tensorboard": False},
+        "runtime": {"device": "cuda"},
+    }
+    for section, values in VARIANTS[variant].items():
+        base[section] = {**base.get(section, {}), **values} if isinstance(values, dict) else values
+    return TrainConfig.model_validate(base)
+
+
+def rounded_first(x: Tensor, scale: Tensor) -> Tensor:
+    """x in E4M3 with these scales, back in its type.
+
+    With scales that are powers of two, the 1x128 tiles that follow represent the result exactly:
+    their own scales are smaller powers of two. So this rounding is the only one.
+    """
+    scale = torch.exp2(torch.ceil(torch.log2((scale.float() / 448).clamp(min=1e-30))))
+    return ((x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).to(
+        x.dtype
+    )
+
+
+def by_tensor(x: Tensor) -> Tensor:
+    return rounded_first(x, x.abs().amax())
+
+
+def by_block(x: Tensor) -> Tensor:
+    rows, columns = x.shape
+    padded = F.pad(x, (0, -columns % 128, 0, -rows % 128)).unflatten(1, (-1, 128))
+    blocks = padded.unflatten(0, (-1, 128))
+    return (
+        rounded_first(blocks, blocks.abs().amax((1, 3), keepdim=True))
+        .flatten(2)
+        .flatten(0, 1)[:rows, :columns]
+    )
+
+
+@contextmanager
+def coarser(variant: str) -> Iterator[None]:
+    """Replace the quantization of activations or gradients by the variant's; experts unfused."""
+    original: Callable[..., Any] = fp8_linear.quantized
+
+    def quantized(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Gradients are quantized in the backward pass, where nothing records.
+        is_gradient = torch._C._current_graph_task_id() != -1
+        if variant == "fp8, one scale a tensor":
+            x = by_tensor(x)
+        elif is_gradient:
+            x = by_block(x)
+        return original(x, *args, **kwargs)
+
+    if variant not in ("fp8, one scale a tensor", "fp8, gradients in 128x128 blocks"):
+        yield
+        return
+    fp8_linear.quantized = quantized
+    fp8_experts.quantized = quantized
+    fp8_linear.Recipe.is_complete = False
+    yield
+
+
+class Losses:
+    """A sink that keeps each step's main loss."""
+
+    def __init__(self) -> None:
+        self.main: list[float] = []
+        self.seconds = 0.0
+        self.bits_per_byte = 0.0
+
+    def write(self, record: Any) -> None:
+        if "main" in record:
+            self.main.append(record["main"])
+            self.seconds += record["seconds"]
+        else:
+            self.bits_per_byte = record["heldout_bits_per_byte"]
+
+    def close(self) -> None:
+        pass
+
+
+def train(variant: str, data: Path, tokens: float) -> dict[str, Any]:
+    losses = Losses()
+    with TemporaryDirectory() as output, coarser(variant):
+        config = make_config(variant, data, Path(output), tokens)
+        Trainer(config, sinks=[losses]).run()
+    return {
+        "variant": variant,
+        "parameters": parameter_counts(config.model).total,
+        "heldout_bits_per_byte": round(losses.bits_per_byte, 4),
+        "tokens_per_second": round(len(losses.main) * ROWS * SEQUENCE / losses.seconds),
+        "main": losses.main,
+    }
+
+
+def windows(main: list[float]) -> Tensor:
+    return torch.tensor(main[: len(main) // WINDOW * WINDOW]).unflatten(0, (-1, WINDOW)).mean(1)
+
+
+def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Relative difference to BF16 in the last fifth of the run, and the largest after a fifth."""
+    reference = windows(next(run["main"] for run in runs if run["variant"] == "bf16"))
+    rows = []
+    for run in runs:
+        relative = windows(run["main"]) / reference - 1
+        fifth = len(relative) // 5
+        rows.append(
+            {
+                **{key: value for key, value in run.items() if key != "main"},
+                "final_loss": round(windows(run["main"])[-fifth:].mean().item(), 4),
+                "difference_percent": round(100 * relative[-fifth:].mean().item(), 3),
+                "largest_percent": round(100 * relative[fifth:].abs().max().item(), 3),
+                "losses": [round(loss, 4) for loss in windows(run["main"]).tolist()],
+            }
+        )
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    curves, differences = figure.subplots(1, 2)
+    reference = torch.tensor(rows[0]["losses"])
+    for row in rows:
+        steps = [WINDOW * (index + 1) for index in range(len(row["losses"]))]
+        curves.plot(steps, row["losses"], label=row["variant"], linewidth=1)
+        relative = 100 * (torch.tensor(row["losses"]) / reference - 1)
+        differences.plot(steps, relative.tolist(), linewidth=1)
+    curves.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
+    curves.legend(fontsize=6)
+    differences.axhspan(-0.25, 0.25, color="0.92")
+    differences.set(xlabel="step", ylabel="difference to bf16 (%)", ylim=(-1.5, 1.5))
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS])
+    parser.add_argument("--tokens", type=float, default=4e7)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(train(args.worker, args.data, args.tokens)))
+        return
+    free: Queue[int] = Queue()
+    for gpu in range(torch.cuda.device_count()):
+        free.put(gpu)
+
+    def run(variant: str) -> dict[str, Any] | None:
+        gpu = free.get()
+        command = [sys.executable, __file__, str(args.data), "--worker", variant]
+        command += ["--tokens", str(args.tokens)]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        free.put(gpu)
+        if done.returncode:
+            print(f"{variant} failed: {done.stderr[-1500:]}", flush=True)
+            return None
+        return json.loads(done.stdout.splitlines()[-1])
+
+    with ThreadPoolExecutor(free.qsize()) as pool:
+        runs = [found for found in pool.map(run, args.variants) if found is not None]
+    rows = compare(runs)
+    for row in rows:
+        print({key: value for key, value in row.items() if key != "losses"}, flush=True)
+    if args.plot:
+        plot(rows, args.plot)
+    if args.json:
+        write_result(args.json, {"tokens": args.tokens, "window": WINDOW, "results": rows})
+
+
+if __name__ == "__main__":
+    main()
