@@ -81,6 +81,26 @@ def show_config(config: Config, overrides: Overrides = None) -> None:
         typer.echo(f"# {name}: {in_units(count)} ({count:,})")
 
 
+@config_app.command("memory")
+def show_memory(
+    config: Config,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a micro-batch.")] = 1,
+) -> None:
+    """Run one forward pass and list the bytes that each layer keeps for its backward pass."""
+    from whalefall.train.kept import kept_by_layer
+    from whalefall.train.trainer import device_of
+
+    resolved = load_config(config, overrides or ())
+    kept = kept_by_layer(resolved, device_of(resolved.runtime.device), rows)
+    tokens = rows * resolved.data.sequence_length
+    for layer in kept:
+        mib = f"{layer.bytes / 2**20:,.1f} MiB"
+        typer.echo(f"{layer.layer:12} {mib:>14} {layer.bytes / tokens:>12,.0f} bytes a token")
+    total = sum(layer.bytes for layer in kept)
+    typer.echo(f"{'all':12} {f'{total / 2**20:,.1f} MiB':>14} of {tokens:,} tokens")
+
+
 def in_units(count: int) -> str:
     """A count with two decimals: ``671.03 B``, ``9.05 M``, ``512``."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):

@@ -8,6 +8,7 @@ from whalefall.config.model import ModelConfig
 from whalefall.model.loss import training_loss
 from whalefall.model.recompute import Recompute
 from whalefall.model.transformer import Transformer
+from whalefall.train.kept import saved_bytes
 
 
 def loss_and_gradients(
@@ -16,19 +17,10 @@ def loss_and_gradients(
     """Also the bytes that autograd keeps between the passes, weights not counted."""
     model = Transformer.create(config, seed=3)
     model.recompute(choice)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     tokens = torch.randint(config.vocab_size, (2, 66), generator=torch.Generator().manual_seed(0))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_bytes(model) as saved:
         losses = training_loss(model, tokens, mtp_weight=0.3, sequence_alpha=0.1)
-    bytes_kept = sum(kept.values())
+        bytes_kept = saved()
     losses.total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return losses.total.detach(), gradients, bytes_kept

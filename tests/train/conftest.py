@@ -53,6 +53,7 @@ def make_config(tmp_path: Path, dataset: Path, tiny_config: ModelConfig) -> Make
             "checkpoint": {"every_steps": 5, "keep": 2},
             "logging": {"tensorboard": False},
             "precision": {"working": "fp32"},
+            "memory": {},
             "runtime": {"device": "cpu", "threads": 1},
         }
         for section, changes in sections.items():

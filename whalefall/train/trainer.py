@@ -6,6 +6,7 @@ same bits, on the same device and number of threads.
 """
 
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -86,8 +87,9 @@ class Trainer:
         """``sinks`` see every record in place of the console; the run folder's always do."""
         _check_single_process()
         self.config = config
-        self.device = _device(config.runtime.device)
+        self.device = device_of(config.runtime.device)
         if config.runtime.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
             torch.use_deterministic_algorithms(True)
         if config.runtime.threads is not None:
             torch.set_num_threads(config.runtime.threads)
@@ -326,7 +328,7 @@ class Trainer:
         return Broadcast([*sinks, *self._given_sinks])
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     """The device of ``runtime.device``, which must be there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
