@@ -76,7 +76,7 @@ def main() -> None:
     copy = copy_bandwidth()
     table = Table("kernel", "ms", "GB/s", "of copy", "TFLOPS", "peer", "ms", "TFLOPS")
     results = []
-    for name in options.names or NAMES:
+    for name in options.names:
         for row in importlib.import_module(name).rows():
             found = measure(row)
             results.append(found)

@@ -77,7 +77,7 @@ def test_the_loss_follows_the_working_precision(make_config: MakeConfig) -> None
     losses = {}
     for name, precision in (("fp32", {}), ("fp8", FP8), ("wgrad fp32", {**FP8, "wgrad": "fp32"})):
         losses[name] = losses_of(make_config(name, model=SIZES, precision=precision))
-    assert losses["fp8"] != losses["fp32"] != losses["wgrad fp32"]
+    assert len({tuple(run) for run in losses.values()}) == 3
     assert losses["fp8"][-1] < losses["fp8"][0] - 0.3
     for name in ("fp8", "wgrad fp32"):
         assert losses[name][-1] == pytest.approx(losses["fp32"][-1], rel=0.01)

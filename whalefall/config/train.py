@@ -140,7 +140,11 @@ Product = Literal["fp32", "bf16", "fp8"]
 
 
 class PrecisionConfig(Section):
-    """Types of a run. Masters and gradient sums are FP32 in all of them (paper 3.3)."""
+    """Types of a run (paper 3.3); those of masters and moments are the optimizer's business.
+
+    With all three products in FP8, SwiGLU's input is kept for the backward pass in FP8 too, where
+    ``moe_intermediate_size`` is a multiple of 128: the experts are then one fused operation.
+    """
 
     working: Literal["fp32", "bf16"] = "bf16"
     """Of weights and activations."""
@@ -162,6 +166,8 @@ class PrecisionConfig(Section):
                 raise ValueError(
                     f"{name} is {value!r}; it must be 'fp8' or the working type ({self.working!r})"
                 )
+        if self.power_of_two_scales and not self.uses_fp8:
+            raise ValueError("power_of_two_scales is set, but no product is in 'fp8'")
         return self
 
     @property
@@ -171,9 +177,9 @@ class PrecisionConfig(Section):
 
 class MemoryConfig(Section):
     recompute: Literal["none", "selective", "block"] = "none"
-    """What the backward pass makes again instead of keeping: ``selective`` the norms and MLA's
-    projections (paper 3.2.3), ``block`` everything but each block's input. SwiGLU's output is
-    never kept."""
+    """What the backward pass makes again instead of keeping: ``selective`` the norm before
+    attention and MLA's projections, but on CUDA not attention itself (paper 3.2.3); ``block``
+    everything but each block's input. ``whalefall config memory`` lists what is kept."""
 
 
 class RuntimeConfig(Section):

@@ -17,23 +17,27 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from whalefall.ops.quantize import Blocks, Tiles
-
 TILE = tl.constexpr(128)  # one scale of the contraction; rows and columns of a block of weights
 HALF = tl.constexpr(64)  # rows of the output that four warps multiply at once
 
 
-def forward(a: Tiles, b: Blocks, ends: Tensor, dtype: torch.dtype) -> Tensor:
-    """Row r of group g times b[g]^T: [rows, cols] from [rows, inner] and [groups, cols, inner]."""
-    (rows, inner), (groups, cols, _) = a.values.shape, b.values.shape
-    out = a.values.new_empty(rows, cols, dtype=dtype)
+def forward(
+    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], ends: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Row r of group g times b[g]^T: [rows, cols] from [rows, inner] and [groups, cols, inner].
+
+    Both are values and scales, in 1x128 tiles and in 128x128 blocks.
+    """
+    (a_values, a_scales), (b_values, b_scales) = a, b
+    (rows, inner), (groups, cols, _) = a_values.shape, b_values.shape
+    out = a_values.new_empty(rows, cols, dtype=dtype)
     if out.numel():
         row_tiles = rows // 128 + groups  # at most: the last of each group may be partial
         _forward[(row_tiles * triton.cdiv(cols, 128),)](
-            TensorDescriptor.from_tensor(a.values, [64, 128]),
-            a.scales,
-            TensorDescriptor.from_tensor(b.values.view(groups * cols, inner), [128, 128]),
-            b.scales,
+            TensorDescriptor.from_tensor(a_values, [64, 128]),
+            a_scales,
+            TensorDescriptor.from_tensor(b_values.view(groups * cols, inner), [128, 128]),
+            b_scales,
             ends, out, rows, cols, inner, groups, _group_lanes(groups),
             num_warps=4, num_stages=3, maxnreg=208,
         )  # fmt: skip

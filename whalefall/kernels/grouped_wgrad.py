@@ -42,8 +42,6 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from whalefall.ops.quantize import Tiles
-
 BLOCK = gl.constexpr(128)  # rows and columns of a warpgroup's sums, and a step of the contraction
 HALF = gl.constexpr(64)  # rows of one instruction of the tensor core
 STAGES = gl.constexpr(4)  # of 48 KiB of operands each; a program has 227 KiB
@@ -56,22 +54,26 @@ OF_COLS = gl.constexpr(gl.SliceLayout(0, SUMS))
 ROWWISE = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 
 
-def grouped_wgrad(a: Tiles, b: Tiles, ends: Tensor, dtype: torch.dtype) -> Tensor:
+def grouped_wgrad(
+    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], ends: Tensor, dtype: torch.dtype
+) -> Tensor:
     """a b^T over the tokens of each group: [groups, rows, cols].
 
-    Of a [rows, padded] and b [cols, padded]; ``rows`` and ``cols`` are multiples of 16. The tokens
-    of group g begin at 128 * sum over h < g of ceil(size_h / 128). Empty groups give zeros.
+    Of a [rows, padded] and b [cols, padded], values and scales in 1x128 tiles; ``rows`` and
+    ``cols`` are multiples of 16. The tokens of group g begin at 128 * sum over h < g of
+    ceil(size_h / 128). Empty groups give zeros.
     """
-    groups, rows, cols = len(ends), len(a.values), len(b.values)
-    out = a.values.new_empty(groups, rows, cols, dtype=dtype)
+    (a_values, a_scales), (b_values, b_scales) = a, b
+    groups, rows, cols = len(ends), len(a_values), len(b_values)
+    out = a_values.new_empty(groups, rows, cols, dtype=dtype)
     tiles = groups * -(-rows // 128) * -(-cols // 256)
     processors = torch.cuda.get_device_properties(out.device).multi_processor_count
     # Scales are copied from flat tensors: the rows of others must be whole 16 bytes.
     _kernel[(min(tiles, processors),)](
-        TensorDescriptor.from_tensor(a.values, [128, 128], OPERANDS),
-        TensorDescriptor.from_tensor(a.scales.flatten(), [128], SCALES),
-        TensorDescriptor.from_tensor(b.values, [128, 128], OPERANDS),
-        TensorDescriptor.from_tensor(b.scales.flatten(), [128], SCALES),
+        TensorDescriptor.from_tensor(a_values, [128, 128], OPERANDS),
+        TensorDescriptor.from_tensor(a_scales.flatten(), [128], SCALES),
+        TensorDescriptor.from_tensor(b_values, [128, 128], OPERANDS),
+        TensorDescriptor.from_tensor(b_scales.flatten(), [128], SCALES),
         ends, out, groups, rows, cols,
         num_warps=4,
     )  # fmt: skip

@@ -16,7 +16,8 @@ from whalefall.model.attention import Context
 
 Recompute = Literal["none", "selective", "block"]
 """``selective``: the norm before attention and MLA's projections, which turn a small latent into
-wide queries and keys; attention itself is kept. ``block``: everything but the block's input."""
+wide queries and keys; what the library's fused attention made is kept. ``block``: everything but
+the block's input."""
 
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,

@@ -115,8 +115,9 @@ class Transformer(nn.Module):
     def use_recipe(self, recipe: Recipe | None) -> None:
         """Run the products of every projection and expert by ``recipe``; None is the weights' type.
 
-        Embedding, head, routers, norms and attention are not concerned (paper 3.3.1). Raises
-        UserError where a size does not suit FP8.
+        Embedding, head, routers, norms and attention are not concerned (paper 3.3.1), nor is the
+        absorbed form of decoding, which folds ``kv_b_proj`` into attention. Raises UserError where
+        a size does not suit FP8.
         """
         for name, module in self.named_modules():
             if isinstance(module, Linear | Experts):

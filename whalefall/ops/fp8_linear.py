@@ -57,14 +57,15 @@ class Recipe:
 class WeightCast:
     """The FP8 forms of a weight and its transpose, made anew when the weight has changed.
 
-    Several weights are one, their rows under one another.
+    Several weights are one, their rows under one another. A change is seen by the version that
+    every operation in place counts up; writes through ``.data`` hide from it.
     """
 
     def __init__(self) -> None:
-        self._made_of: list[tuple[int, int]] = []
+        self._made_of: tuple[Recipe, list[tuple[int, int]]] | None = None
 
     def __call__(self, weights: Sequence[Tensor], recipe: Recipe) -> tuple[Blocks, Blocks]:
-        state = [(weight.data_ptr(), weight._version) for weight in weights]
+        state = (recipe, [(weight.data_ptr(), weight._version) for weight in weights])
         if state != self._made_of:
             whole = stacked(weights).detach()
             self._blocks = quantize_blocks_both(whole, power_of_two=recipe.power_of_two)

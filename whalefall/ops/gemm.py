@@ -28,8 +28,8 @@ def gemm(a: Tiles, b: Blocks, dtype: torch.dtype = torch.bfloat16) -> Float[Tens
     if rows % 4:
         from whalefall.kernels import grouped_gemm as kernel
 
-        one_group = Blocks(b.values[None], b.scales[None])
-        return kernel.forward(a, one_group, _all_rows(a), dtype)
+        one_group = (b.values[None], b.scales[None])
+        return kernel.forward((a.values, a.scales), one_group, _all_rows(a), dtype)
     return scaled_mm(
         a.values,
         b.values.T,

@@ -26,7 +26,7 @@ def grouped_gemm(
         return reference(a, b, ends, dtype)
     from whalefall.kernels import grouped_gemm as kernel
 
-    return kernel.forward(a, b, ends, dtype)
+    return kernel.forward((a.values, a.scales), (b.values, b.scales), ends, dtype)
 
 
 def grouped_gemm_wgrad(
@@ -43,7 +43,7 @@ def grouped_gemm_wgrad(
         return reference_wgrad(a, b, ends, dtype)
     from whalefall.kernels import grouped_wgrad as kernel
 
-    return kernel.grouped_wgrad(a, b, ends, dtype)
+    return kernel.grouped_wgrad((a.values, a.scales), (b.values, b.scales), ends, dtype)
 
 
 def reference(

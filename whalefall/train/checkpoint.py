@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from whalefall.config.explain import validated
 from whalefall.config.load import diff_configs
 from whalefall.config.model import ModelConfig
 from whalefall.config.train import TrainConfig
@@ -130,7 +131,7 @@ def load(folder: Path, config: TrainConfig) -> State:
         UserError: ``config`` is another network, another order of data, or needs another state.
     """
     raw = json.loads((folder / "state.json").read_text())
-    saved = TrainConfig.model_validate(raw["config"])
+    saved = _configuration(folder, raw)
     changed = [line for line in diff_configs(saved, config) if line.startswith(PINNED)]
     if changed:
         raise UserError(
@@ -164,7 +165,14 @@ def load_weights(folder: Path, *, average: bool = False) -> tuple[ModelConfig, d
         if not (folder / "ema.safetensors").is_file():
             raise UserError(f"{folder} has no ema.safetensors: the run had ema.enabled=false")
         weights |= load_file(folder / "ema.safetensors")
-    return TrainConfig.model_validate(raw["config"]).model, weights
+    return _configuration(folder, raw).model, weights
+
+
+def _configuration(folder: Path, raw: Mapping[str, Any]) -> TrainConfig:
+    try:
+        return validated(TrainConfig, raw["config"])
+    except UserError as error:
+        raise UserError(f"{folder} was written by another version of whalefall: {error}") from None
 
 
 def _folders(checkpoints: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 A step is a function of the configuration and its ``Position``: which rows, how many, and every
 scheduled number. A run that is killed and started again goes on from its last checkpoint with the
-same bits, on the same device and number of threads.
+same bits, on the same device and number of threads (on CUDA with ``runtime.deterministic``).
 """
 
 import math
@@ -90,7 +90,7 @@ class Trainer:
         self.device = device_of(config.runtime.device)
         if config.runtime.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
-            torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(config.runtime.deterministic)
         if config.runtime.threads is not None:
             torch.set_num_threads(config.runtime.threads)
         self.loader = Loader(
@@ -127,11 +127,14 @@ class Trainer:
         self._saved_step = None if folder is None else self.position.step
         self._speed = Speed(config, self.device)
         self._given_sinks = sinks
+        self._has_failed = False
         self._unread: deque[_Step] = deque()
         self._last_read = 0.0
 
     def run(self) -> TrainResult:
         """Train until the tokens are used up, the time is over, or a signal asks to stop."""
+        if self._has_failed:
+            raise UserError("this run met something not finite; start it anew from its checkpoint")
         config = self.config
         deadline = time.monotonic() + 60 * (config.runtime.max_minutes or math.inf)
         with (
@@ -191,7 +194,8 @@ class Trainer:
             now = time.perf_counter()
             seconds, self._last_read = now - max(step.began, self._last_read), now
             self._check(step, numbers["parts"], numbers["norm"].item())
-            if step.position.step % self.config.logging.every_steps == 0 or self._is_finished():
+            is_last = step.position.tokens >= self.config.schedule.total_tokens
+            if is_last or step.position.step % self.config.logging.every_steps == 0:
                 self._metrics.write(self._record(step, numbers, seconds))
 
     def _record(self, step: _Step, numbers: Mapping[str, Tensor], seconds: float) -> Record:
@@ -294,7 +298,7 @@ class Trainer:
         )
 
     def _check(self, step: _Step, parts: Tensor, norm: float) -> None:
-        """Raise UserError where the step met something that is not finite; it was not applied."""
+        """Raise UserError where the step met something not finite, which changed no weight."""
         for name, values in zip(step.names, parts.tolist(), strict=True):
             for index, value in enumerate(values):
                 if not math.isfinite(value):
@@ -310,6 +314,7 @@ class Trainer:
     def _not_finite(
         self, step: _Step, part: str, value: float, batches: Sequence[Batch]
     ) -> UserError:
+        self._has_failed = True
         names = sorted({name for batch in batches for name in batch.document_ids})
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         return UserError(
