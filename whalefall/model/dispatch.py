@@ -41,7 +41,7 @@ class LocalDispatcher:
     def dispatch(self, x: Float[Tensor, "tokens hidden"], routing: Routing) -> Dispatched:
         places = sort_by_expert(routing.experts, len(routing.loads))
         weights = routing.weights.flatten()
-        weights = torch.empty_like(weights).scatter(0, places.flatten(), weights)
+        weights = torch.empty_like(weights).scatter_(0, places.flatten(), weights)
         ends = routing.loads.cumsum(0, dtype=torch.int32)
         return Dispatched(permute(x, places), weights, ends, places)
 

@@ -18,7 +18,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if self.recipe is None:
-            return super().forward(x)
+            return F.linear(x, self.weight, self.bias)
         out = fp8_linear(x.reshape(-1, self.in_features), [self.weight], self._cast, self.recipe)
         out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias

@@ -27,4 +27,6 @@ class _NothingKept:
 
 def runs_kernel(*tensors: Tensor) -> bool:
     """Whether our Triton kernels take these: on CUDA, in BF16 or FP32."""
+    if not tensors[0].is_cuda:  # first, because decoding on a CPU asks often
+        return False
     return all(x.is_cuda and x.dtype in (torch.bfloat16, torch.float32) for x in tensors)

@@ -23,7 +23,9 @@ def sort_by_expert(
         from whalefall.kernels import permute as kernel
 
         return kernel.sort_by_expert(experts, n_experts)
-    return _inverse(experts.flatten().argsort(stable=True)).view_as(experts)
+    order = experts.flatten().argsort(stable=True)
+    # Of the few choices of a single token, sorting again is the inverse in one call.
+    return (order.argsort() if len(experts) == 1 else _inverse(order)).view_as(experts)
 
 
 def permute(

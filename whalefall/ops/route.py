@@ -44,7 +44,8 @@ def route(
     weights = scores.gather(1, experts)
     if norm_topk_prob:
         weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
-    return experts, weights * scale, scores, _count(experts.view(1, -1), len(bias))[0]
+    loads = experts.flatten().bincount(minlength=len(bias))
+    return experts, weights * scale, scores, loads
 
 
 def choose(
@@ -69,12 +70,9 @@ def count_top_k(
         from whalefall.kernels import route as kernel
 
         return kernel.count_top_k(scores.contiguous(), top_k)
-    return _count(scores.topk(top_k, dim=-1, sorted=False).indices.flatten(1), scores.shape[-1])
-
-
-def _count(experts: Int[Tensor, "batch choices"], size: int) -> Int[Tensor, "batch experts"]:
-    counts = experts.new_zeros(len(experts), size)
-    return counts.scatter_add_(1, experts, torch.ones_like(experts))
+    best = scores.topk(top_k, dim=-1, sorted=False).indices.flatten(1)
+    counts = best.new_zeros(len(best), scores.shape[-1])
+    return counts.scatter_add_(1, best, torch.ones_like(best))
 
 
 def _runs_kernel(x: Tensor) -> bool:
