@@ -24,13 +24,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from common import write_result
 from torch import Tensor
 
 from whalefall.config.train import TrainConfig
 from whalefall.model.transformer import parameter_counts
 from whalefall.ops import fp8_linear
+from whalefall.ops.quantize import E4M3_MAX, dequantize, quantize_blocks, scale_of
 from whalefall.train.trainer import Trainer
 
 FP8 = {"fprop": "fp8", "dgrad": "fp8", "wgrad": "fp8"}
@@ -94,31 +94,20 @@ def make_config(variant: str, data: Path, output: Path, tokens: float) -> TrainC
     return TrainConfig.model_validate(base)
 
 
-def rounded_first(x: Tensor, scale: Tensor) -> Tensor:
-    """x in E4M3 with these scales, back in its type.
-
-    With scales that are powers of two, the 1x128 tiles that follow represent the result exactly:
-    their own scales are smaller powers of two. So this rounding is the only one.
-    """
-    scale = torch.exp2(torch.ceil(torch.log2((scale.float() / 448).clamp(min=1e-30))))
-    return ((x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).to(
-        x.dtype
-    )
+# With scales that are powers of two, the 1x128 tiles that follow represent a rounded tensor
+# exactly: their own scales are smaller powers of two. So the coarse rounding is the only one.
 
 
 def by_tensor(x: Tensor) -> Tensor:
-    return rounded_first(x, x.abs().amax())
+    """x in E4M3 with one scale, back in its type."""
+    scale = scale_of(x.abs().amax().float(), power_of_two=True)
+    values = (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return (values.float() * scale).to(x.dtype)
 
 
 def by_block(x: Tensor) -> Tensor:
-    rows, columns = x.shape
-    padded = F.pad(x, (0, -columns % 128, 0, -rows % 128)).unflatten(1, (-1, 128))
-    blocks = padded.unflatten(0, (-1, 128))
-    return (
-        rounded_first(blocks, blocks.abs().amax((1, 3), keepdim=True))
-        .flatten(2)
-        .flatten(0, 1)[:rows, :columns]
-    )
+    """x in E4M3 with a scale for each 128 x 128 block, back in its type."""
+    return dequantize(quantize_blocks(x, power_of_two=True), x.dtype)
 
 
 @contextmanager

@@ -116,6 +116,8 @@ def test_a_weight_is_cast_again_only_when_it_has_changed(monkeypatch: pytest.Mon
     torch.testing.assert_close(after, 2 * before)
     fp8_linear(random(4, 32), [weight], cast, Recipe(True, True, True, power_of_two=True))
     assert calls == 3
+    fp8_linear(random(4, 32), [weight], WeightCast(), Recipe(False, False, True)).sum().backward()
+    assert calls == 3  # no product reads the weight in FP8
 
 
 @pytest.mark.parametrize("recipe", [ALL, Recipe(False, True, False), Recipe(True, False, True)])

@@ -23,7 +23,8 @@ from whalefall.model.mtp import MTPModule
 from whalefall.model.norm import RMSNorm
 from whalefall.model.recompute import Recompute
 from whalefall.model.router import Router, Routing
-from whalefall.ops.fp8_linear import FP8_ALIGNMENT, Recipe
+from whalefall.ops.fp8_linear import Recipe
+from whalefall.ops.gemm import FP8_ALIGNMENT
 from whalefall.ops.rope import inverse_frequencies, rotations, yarn_frequencies, yarn_mscale
 
 

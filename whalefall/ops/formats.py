@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Float8e5m2, Float32, Integer
 from torch import Tensor
 
-from whalefall.ops.quantize import scale_of, split_tiles
+from whalefall.ops.quantize import round_tiles, split_tiles
 
 E5M6_MAX = 65024.0
 """2^15 (2 - 2^-6): as in IEEE formats, the highest of the 32 exponents is no number's."""
@@ -42,20 +42,14 @@ def quantize_e5m6(
 
     The product is a BF16 number as well, unless it is below BF16's smallest normal, 2^-126.
     """
-    tiles = split_tiles(x.float())
-    scales = scale_of(tiles.abs().amax(2), E5M6_MAX, power_of_two=True)
-    values = round_e5m6(tiles / scales[:, :, None]).flatten(1)[:, : x.shape[1]]
-    return values.to(torch.bfloat16).contiguous(), scales.T.contiguous()
+    return round_tiles(x, E5M6_MAX, lambda y: round_e5m6(y).bfloat16(), power_of_two=True)
 
 
 def quantize_e5m2(
     x: Float[Tensor, "rows cols"],
 ) -> tuple[Float8e5m2[Tensor, "rows cols"], Float32[Tensor, "tiles rows"]]:
     """E5M2 values and scales amax / 57344."""
-    tiles = split_tiles(x.float())
-    scales = scale_of(tiles.abs().amax(2), E5M2_MAX)
-    values = (tiles / scales[:, :, None]).clamp(-E5M2_MAX, E5M2_MAX).to(torch.float8_e5m2)
-    return values.flatten(1)[:, : x.shape[1]].contiguous(), scales.T.contiguous()
+    return round_tiles(x, E5M2_MAX, lambda y: y.clamp(-E5M2_MAX, E5M2_MAX).to(torch.float8_e5m2))
 
 
 def dequantize_values(

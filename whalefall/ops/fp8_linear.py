@@ -35,9 +35,6 @@ from whalefall.ops.quantize import (
     quantize_transposed,
 )
 
-FP8_ALIGNMENT = 16
-"""What both sizes of a weight must be multiples of: rows of FP8 begin at multiples of 16 bytes."""
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -85,7 +82,9 @@ def fp8_linear(
     Several weights are one product, their outputs side by side. The result has the type of ``x``.
     ``in`` and every ``out`` are multiples of 16.
     """
-    return call(_Fp8Linear, x, cast(weights, recipe), recipe, ends, *weights)
+    reads_blocks = recipe.fprop or recipe.dgrad
+    blocks = cast(weights, recipe) if reads_blocks else (None, None)
+    return call(_Fp8Linear, x, *blocks, recipe, ends, *weights)
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -93,20 +92,22 @@ class _Fp8Linear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        blocks: tuple[Blocks, Blocks],
+        blocks: Blocks | None,
+        transposed: Blocks | None,
         recipe: Recipe,
         ends: Tensor | None,
         *weights: Tensor,
     ) -> Tensor:
-        needs_wgrad = any(ctx.needs_input_grad[4:])
+        needs_wgrad = any(ctx.needs_input_grad[5:])
         rows, columns = quantized(
             x, ends, recipe, as_rows=recipe.fprop, as_columns=recipe.wgrad and needs_wgrad
         )
         kept = (x,) if columns is None and needs_wgrad else ()
         ctx.save_for_backward(ends, *weights, *kept, *tensors_of(columns))
-        ctx.transposed, ctx.recipe, ctx.dtype, ctx.count = blocks[1], recipe, x.dtype, len(weights)
+        ctx.transposed, ctx.recipe, ctx.dtype, ctx.count = transposed, recipe, x.dtype, len(weights)
         if rows is not None:
-            return product(rows, blocks[0], ends, x.dtype)
+            assert blocks is not None
+            return product(rows, blocks, ends, x.dtype)
         weight = stacked(weights)
         return F.linear(x, weight) if ends is None else grouped_linear(x, weight, ends)
 
@@ -115,7 +116,7 @@ class _Fp8Linear(torch.autograd.Function):
         ends, *kept = ctx.saved_tensors
         weights, kept = kept[: ctx.count], kept[ctx.count :]
         recipe: Recipe = ctx.recipe
-        needs_dgrad, needs_wgrad = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
+        needs_dgrad, needs_wgrad = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:])
         rows, columns = quantized(
             grad,
             ends,
@@ -134,7 +135,7 @@ class _Fp8Linear(torch.autograd.Function):
         elif needs_wgrad:
             (x,) = kept
             grad_weight = grad.T @ x if ends is None else grouped_weight_gradient(grad, x, ends)
-        return grad_x, None, None, None, *apart(grad_weight, weights)
+        return grad_x, None, None, None, None, *apart(grad_weight, weights)
 
 
 def stacked(weights: Sequence[Tensor]) -> Tensor:

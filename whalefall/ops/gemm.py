@@ -12,6 +12,9 @@ from torch.nn.functional import ScalingType, scaled_mm
 
 from whalefall.ops.quantize import Blocks, Tiles, dequantize
 
+FP8_ALIGNMENT = 16
+"""Both sides of a weight are multiples of it: rows of FP8 begin at multiples of 16 bytes."""
+
 
 def gemm(a: Tiles, b: Blocks, dtype: torch.dtype = torch.bfloat16) -> Float[Tensor, "rows cols"]:
     """a b^T, from [rows, inner] and [cols, inner]: the forward pass with b the weight's blocks,
@@ -30,15 +33,7 @@ def gemm(a: Tiles, b: Blocks, dtype: torch.dtype = torch.bfloat16) -> Float[Tens
 
         one_group = (b.values[None], b.scales[None])
         return kernel.forward((a.values, a.scales), one_group, _all_rows(a), dtype)
-    return scaled_mm(
-        a.values,
-        b.values.T,
-        a.scales.T,
-        ScalingType.BlockWise1x128,
-        b.scales.T,
-        ScalingType.BlockWise128x128,
-        output_dtype=dtype,
-    )
+    return _cublas(a, b, ScalingType.BlockWise128x128, dtype)
 
 
 def gemm_wgrad(
@@ -52,15 +47,7 @@ def gemm_wgrad(
     check_sizes(rows=len(a.values), cols=len(b.values))
     if not a.values.is_cuda or not a.values.numel():
         return reference(a, b, dtype)
-    return scaled_mm(
-        a.values,
-        b.values.T,
-        a.scales.T,
-        ScalingType.BlockWise1x128,
-        b.scales.T,
-        ScalingType.BlockWise1x128,
-        output_dtype=dtype,
-    )
+    return _cublas(a, b, ScalingType.BlockWise1x128, dtype)
 
 
 def reference(a: Tiles, b: Tiles | Blocks, dtype: torch.dtype) -> Float[Tensor, "rows cols"]:
@@ -69,10 +56,24 @@ def reference(a: Tiles, b: Tiles | Blocks, dtype: torch.dtype) -> Float[Tensor, 
 
 
 def check_sizes(**sizes: int) -> None:
-    """Rows of FP8 operands and of the output must begin at multiples of 16 bytes."""
+    """Raise ValueError for a size that is no multiple of ``FP8_ALIGNMENT``."""
     for name, size in sizes.items():
-        if size % 16:
-            raise ValueError(f"FP8 GEMMs need {name} to be a multiple of 16, not {size}")
+        if size % FP8_ALIGNMENT:
+            raise ValueError(
+                f"FP8 GEMMs need {name} to be a multiple of {FP8_ALIGNMENT}, not {size}"
+            )
+
+
+def _cublas(a: Tiles, b: Tiles | Blocks, scaling_of_b: ScalingType, dtype: torch.dtype) -> Tensor:
+    return scaled_mm(
+        a.values,
+        b.values.T,
+        a.scales.T,
+        ScalingType.BlockWise1x128,
+        b.scales.T,
+        scaling_of_b,
+        output_dtype=dtype,
+    )
 
 
 def _all_rows(a: Tiles) -> Int[Tensor, "one"]:

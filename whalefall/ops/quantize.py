@@ -14,6 +14,7 @@ A GEMM contracts the last dimension of both sides. Forward and input gradient co
 the weight gradient contracts rows, so it needs x^T, in tiles along the rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,10 +58,7 @@ def quantize_tiles(x: Float[Tensor, "rows cols"], *, power_of_two: bool = False)
         from whalefall.kernels import quantize as kernel
 
         return Tiles(*kernel.tiles(x, power_of_two))
-    tiles = split_tiles(x.float())
-    scales = scale_of(tiles.abs().amax(2), power_of_two=power_of_two)
-    values = _to_e4m3(tiles / scales[:, :, None]).flatten(1)[:, : x.shape[1]]
-    return Tiles(values.contiguous(), scales.T.contiguous())
+    return Tiles(*round_tiles(x, E4M3_MAX, _to_e4m3, power_of_two=power_of_two))
 
 
 def quantize_transposed(
@@ -151,6 +149,20 @@ def dequantize(
     else:
         scales = scales.repeat_interleave(TILE, -2)[..., :rows, :]
     return (values * scales.repeat_interleave(TILE, -1)[..., :cols]).to(dtype)
+
+
+def round_tiles(
+    x: Float[Tensor, "rows cols"],
+    largest: float,
+    to_format: Callable[[Tensor], Tensor],
+    *,
+    power_of_two: bool = False,
+) -> tuple[Float[Tensor, "rows cols"], Float32[Tensor, "tiles rows"]]:
+    """Values and scales of x in tiles of any format whose largest number is ``largest``."""
+    tiles = split_tiles(x.float())
+    scales = scale_of(tiles.abs().amax(2), largest, power_of_two=power_of_two)
+    values = to_format(tiles / scales[:, :, None]).flatten(1)[:, : x.shape[1]]
+    return values.contiguous(), scales.T.contiguous()
 
 
 def split_tiles(x: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows tiles 128"]:

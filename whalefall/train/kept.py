@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from whalefall.config.train import TrainConfig
 from whalefall.model.transformer import HiddenStates, Transformer
-from whalefall.train.precision import WORKING, recipe
+from whalefall.train.precision import make_network
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,7 @@ def kept_by_layer(config: TrainConfig, device: torch.device, rows: int) -> list[
     On CUDA they are what the allocator says; on a CPU, which counts nothing, the tensors that
     autograd saves. The weights are those of the configuration, with its precision and recompute.
     """
-    shape = config.model
-    model = Transformer.create(shape, device=device, dtype=WORKING[config.precision.working])
-    model.use_recipe(recipe(config.precision, device))
-    model.recompute(config.memory.recompute)
+    model, shape = make_network(config, device), config.model
     depths = shape.num_nextn_predict_layers
     size = (rows, config.data.sequence_length + depths)
     tokens = torch.randint(shape.vocab_size, size, device=device)

@@ -1,12 +1,25 @@
-"""From a run's precision to the network's types, and whether the device can do it."""
+"""From a run's configuration to its network: types, FP8 products, and whether a device has them."""
 
 import torch
 
-from whalefall.config.train import PrecisionConfig
+from whalefall.config.train import PrecisionConfig, TrainConfig
 from whalefall.errors import UserError
+from whalefall.model.transformer import Transformer
 from whalefall.ops.fp8_linear import Recipe
 
-WORKING = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_WORKING = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def make_network(config: TrainConfig, device: torch.device) -> Transformer:
+    """A run's network as it begins: its weights' type, its FP8 products, what it recomputes.
+
+    Raises UserError where the device or a size does not suit FP8.
+    """
+    dtype = _WORKING[config.precision.working]
+    model = Transformer.create(config.model, seed=config.seed, device=device, dtype=dtype)
+    model.use_recipe(recipe(config.precision, device))
+    model.recompute(config.memory.recompute)
+    return model
 
 
 def recipe(precision: PrecisionConfig, device: torch.device) -> Recipe | None:

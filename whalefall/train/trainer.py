@@ -23,7 +23,6 @@ from whalefall.config.load import save_config
 from whalefall.config.train import TrainConfig
 from whalefall.data.loader import Batch, Loader
 from whalefall.errors import UserError
-from whalefall.model.transformer import Transformer
 from whalefall.train.balance import load_shares, max_violation, sum_over_ranks, update_biases
 from whalefall.train.checkpoint import CheckpointWriter, State, latest, load
 from whalefall.train.console import ConsoleSink
@@ -33,7 +32,7 @@ from whalefall.train.gradients import accumulate_gradients, summary
 from whalefall.train.masters import Masters
 from whalefall.train.metrics import Broadcast, JsonLines, Record, Sink, Speed, TensorBoard
 from whalefall.train.optimizer import AdamW
-from whalefall.train.precision import WORKING, recipe
+from whalefall.train.precision import make_network
 from whalefall.train.readback import Readback
 from whalefall.train.schedule import (
     Position,
@@ -103,14 +102,7 @@ class Trainer:
         self.loader.check_vocabulary(config.model.vocab_size)
         self.heldout = self.loader.held_out(config.evaluation.rows)
         self._token_bytes = torch.as_tensor(self.loader.tokenizer.token_bytes())
-        self.model = Transformer.create(
-            config.model,
-            seed=config.seed,
-            device=self.device,
-            dtype=WORKING[config.precision.working],
-        )
-        self.model.use_recipe(recipe(config.precision, self.device))
-        self.model.recompute(config.memory.recompute)
+        self.model = make_network(config, self.device)
         self.optimizer = AdamW(self.model.named_parameters(), config.optimizer)
         folder = latest(config.output)
         if folder is None and config.initialize_from is not None:
