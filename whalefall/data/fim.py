@@ -14,6 +14,13 @@ def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
 
 
+def prompt_tokens(tokenizer: Tokenizer, text: str, suffix: str | None = None) -> list[int]:
+    """A prompt as documents begin; with a suffix, one that asks for what belongs before it."""
+    if suffix is not None:
+        return fim_prompt(tokenizer, text, suffix)
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
+
+
 def fim_prompt(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
     """``<bos> <fim_begin> prefix <fim_hole> suffix <fim_end>``: the model writes the middle next.
 

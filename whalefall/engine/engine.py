@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from whalefall.config.engine import EngineConfig
+from whalefall.data.fim import prompt_tokens
 from whalefall.data.tokenizer import Tokenizer
 from whalefall.engine.flight import Flight, Result
 from whalefall.engine.grammar import Grammars, Matcher
@@ -168,7 +169,7 @@ class Engine:
             return prompt
         if self.tokenizer is None:
             raise UserError("a text needs a tokenizer, and this engine has none: give tokens")
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+        return prompt_tokens(self.tokenizer, prompt)
 
     def _check(self, request: Request) -> None:
         if request.longest > self.context:

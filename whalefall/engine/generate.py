@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from whalefall.config.engine import EngineConfig
-from whalefall.data.fim import fim_prompt
+from whalefall.data.fim import prompt_tokens
 from whalefall.data.tokenizer import Tokenizer
 from whalefall.engine.engine import Engine
 from whalefall.engine.request import Completion, Request
@@ -70,10 +70,7 @@ def make_request(
     tokenizer: Tokenizer, prompt: str, params: SamplingParams, suffix: str | None = None
 ) -> Request:
     """Tokens of a prompt as the model saw documents begin. Nothing is shortened."""
-    if suffix is None:
-        tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    else:
-        tokens = fim_prompt(tokenizer, prompt, suffix)
+    tokens = prompt_tokens(tokenizer, prompt, suffix)
     return Request(tokens, params, frozenset([tokenizer.eos_id]))
 
 

@@ -26,6 +26,7 @@ from whalefall.model.inference import make_invariant
 from whalefall.model.transformer import Transformer
 from whalefall.ops.decode_places import Places, advance, decode_places
 from whalefall.ops.sample import argmax
+from whalefall.ops.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,4 @@ class Runner:
     def _to_device(self, *lists: list[int]) -> tuple[Tensor, ...]:
         """The lists as one copy, which the host does not wait for."""
         host = torch.tensor([number for part in lists for number in part], dtype=torch.int64)
-        if self.device.type == "cuda":
-            host = host.pin_memory().to(self.device, non_blocking=True)
-        return host.split_with_sizes([len(part) for part in lists])
+        return sent(host, self.device).split_with_sizes([len(part) for part in lists])

@@ -20,6 +20,7 @@ from whalefall.engine.logprobs import Logprobs, logprobs
 from whalefall.engine.request import Request
 from whalefall.engine.sampling import MOST_LOGPROBS, SamplingParams
 from whalefall.ops.sample import Numbers, accept, adjust, argmax, count, draw
+from whalefall.ops.transfer import sent
 
 
 class Needs(NamedTuple):
@@ -107,10 +108,7 @@ class RowSettings:
         return self.numbers.new_zeros(len(self.numbers), self.vocab_size, dtype=dtype)
 
     def _to_device(self, values: Sequence[float | int] | int, dtype: torch.dtype) -> Tensor:
-        """Copied without the host waiting for it."""
-        host = torch.tensor(values, dtype=dtype)
-        device = self.numbers.device
-        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+        return sent(torch.tensor(values, dtype=dtype), self.numbers.device)
 
 
 class Chosen(NamedTuple):

@@ -11,12 +11,12 @@ FP8 weights become BF16 in registers (see ``few_rows``); their scales are those 
 A result is the same sum in the same order, whatever tile it is in and whatever rows share it.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from whalefall.kernels.few_rows import BLOCK, numbers, to_bf16
+from whalefall.kernels.latent_schedule import multiprocessors
 
 _SLICES = 8
 _SLICE = 64  # numbers of a step
@@ -29,7 +29,7 @@ def forward(x: Tensor, weight: Tensor, scale: Tensor | None, block_rows: int) ->
     out = x.new_empty(rows, cols)
     if rows:
         row_tiles = triton.cdiv(rows, block_rows)
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        processors = multiprocessors(x.device)
         height = 32 if row_tiles * triton.cdiv(cols, 32) > 0.9 * processors else 16
         _block_linear_kernel[triton.cdiv(cols, height), row_tiles](
             x.contiguous(), numbers(weight), scale, out, rows, cols, inner,

@@ -15,6 +15,7 @@ from torch import Tensor
 from whalefall.config.model import ModelConfig
 from whalefall.ops.decode_places import Places, cache_entries
 from whalefall.ops.latent_attention import PAGE, plan_attention
+from whalefall.ops.transfer import sent
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -83,13 +84,11 @@ class Prompts:
         lengths = [(rows.width, cast(int, rows.cached) + rows.width) for rows in groups]
         each = [pair for pair, rows in zip(lengths, groups, strict=True) for _ in rows.lengths]
         ends = torch.tensor(each, dtype=torch.int32).cumsum(0, dtype=torch.int32).T.contiguous()
-        if device.type == "cuda":
-            ends = ends.pin_memory().to(device, non_blocking=True)
         slots = [
             cache_entries(rows.pages, torch.arange(keys, device=device).expand(len(rows.pages), -1))
             for rows, (_, keys) in zip(groups, lengths, strict=True)
         ]
-        query_ends, key_ends = ends
+        query_ends, key_ends = sent(ends, device)
         return cls(torch.cat(slots), query_ends, key_ends)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from whalefall.data.fim import fim_prompt
+from whalefall.data.fim import prompt_tokens
 from whalefall.engine.request import Delta, TokenLogprobs
 from whalefall.serve.constraints import text_grammar
 from whalefall.serve.errors import ApiError
@@ -66,9 +66,7 @@ class CompletionJob(Job):
     def _tokens(self, prompt: str | list[int], suffix: str | None) -> list[int]:
         model = self.service.model
         if isinstance(prompt, str):
-            if suffix is not None:
-                return fim_prompt(model.tokenizer, prompt, suffix)
-            return [model.tokenizer.bos_id, *model.tokenizer.encode(prompt)]
+            return prompt_tokens(model.tokenizer, prompt, suffix)
         if (largest := max(prompt)) >= model.vocab_size:
             raise ApiError(
                 400,

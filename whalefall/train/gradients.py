@@ -11,6 +11,7 @@ from torch import Tensor
 from whalefall.data.loader import Batch
 from whalefall.model.loss import BatchSize, count_targets, training_loss
 from whalefall.model.transformer import Transformer
+from whalefall.ops.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ def accumulate_gradients(
         documents = batch.documents
         losses = training_loss(
             model,
-            _sent(batch.tokens, device),
+            sent(batch.tokens, device),
             mtp_weight=mtp_weight,
             sequence_alpha=sequence_alpha,
-            documents=None if documents is None else _sent(documents, device),
+            documents=None if documents is None else sent(documents, device),
             size=size,
         )
         losses.total.backward()
@@ -63,8 +64,3 @@ def accumulate_gradients(
         loads.append(losses.expert_loads)
     names = ["main", *(f"mtp {depth}" for depth in range(1, depths + 1)), "balance", "loss"]
     return StepLosses(names, torch.stack(values, dim=1), torch.stack(loads).sum(0))
-
-
-def _sent(x: Tensor, device: torch.device) -> Tensor:
-    """On the device; from pinned memory, the only kind that is copied without waiting."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
