@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from whalefall.errors import UserError
 from whalefall.parallel.build_schedule import build_schedule
 from whalefall.parallel.schedule import ScheduleKind
-from whalefall.plan.bubble import Times, simulate
+from whalefall.plan.answers import schedule_report
 from whalefall.plan.schedule_drawing import draw
-from whalefall.plan.schedule_report import schedule_report
-from whalefall.plan.schedules import plan_schedule, published_bubble
+from whalefall.plan.schedules import Times, plan_schedule, published_bubble, simulate
 
 PICTURE = Times(forward=1, backward=2, weight_gradient=1, overlapped=3)
 UNIT = st.integers(1, 40)  # whole numbers add without rounding

@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 
 from whalefall.cli.app import app
 from whalefall.errors import UserError
-from whalefall.plan.claims import Claim, Verdict, check, topics
-from whalefall.plan.claims_report import COMMAND, claims_report, to_markdown
+from whalefall.plan.claims import COMMAND, Claim, Verdict, check, claims_report, topics
 
 PROJECT = Path(__file__).parents[2]
 CLAIMS = [claim for topic in topics() for claim in topic.claims]
@@ -27,7 +26,7 @@ def claim(published: object, **more: object) -> Claim:
 
 def test_the_document_is_fresh() -> None:
     written = (PROJECT / "docs" / "claims.md").read_text()
-    assert written == to_markdown(claims_report()), f"write it again: {COMMAND}"
+    assert written == claims_report().markdown, f"write it again: {COMMAND}"
 
 
 def test_ids_are_unique() -> None:
@@ -187,20 +186,20 @@ def test_the_command_prints_tables_json_pages_and_the_document(tmp_path: Path) -
     assert [it["claim"]["id"] for it in found] == [it.id for it in CLAIMS]
     document, page = tmp_path / "claims.md", tmp_path / "claims.html"
     CliRunner().invoke(app, ["claims", "--markdown", str(document)])
-    assert document.read_text() == to_markdown(claims_report())
+    assert document.read_text() == claims_report().markdown
     CliRunner().invoke(app, ["claims", "--html", str(page)])
     assert "contradicted" in page.read_text()
 
 
 def test_every_row_of_the_document_has_every_column() -> None:
-    for part in to_markdown(claims_report()).split("\n\n"):
+    for part in claims_report().markdown.split("\n\n"):
         if part.startswith("|"):
             assert len({line.count("|") for line in part.splitlines()}) == 1, part
 
 
 def test_claims_need_no_torch() -> None:
     code = (
-        "import sys; from whalefall.plan.claims_report import claims_report; claims_report()\n"
+        "import sys; from whalefall.plan.claims import claims_report; claims_report()\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

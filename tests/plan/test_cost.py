@@ -12,9 +12,9 @@ from whalefall.plan.cost import (
     Assumptions,
     Programme,
     Range,
-    assumptions_with,
     comparisons,
     official,
+    plan_programme,
 )
 from whalefall.plan.hardware import load_hardware
 from whalefall.plan.network import multi_plane_tree
@@ -24,7 +24,7 @@ H800 = load_hardware("h800")
 
 
 def programme(gpus: int = 2048, rent: float = 2.0, **given: float) -> Programme:
-    return Programme(OFFICIAL_HOURS, gpus, H800, rent, assumptions_with(**given))
+    return plan_programme(None, gpus, "h800", rent, **given)
 
 
 def test_the_official_figure():

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from whalefall.plan.hardware import load_hardware
-from whalefall.plan.layout import Layout
+from whalefall.plan.layout import Layout, Setting
 from whalefall.plan.memory import memory_by_rank
 from whalefall.plan.models import architecture_of
-from whalefall.plan.setting import Setting
 from whalefall.plan.stages import cut
 from whalefall.plan.step import step_time
 from whalefall.plan.units import GIB

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from whalefall.cli.plan import plan_app
 from whalefall.errors import UserError
 from whalefall.plan.layout import Layout, parse_layout
-from whalefall.plan.planner import plan_training
+from whalefall.plan.search import plan_training
 
 DEEPSEEK = ["v3-671b", "--gpus", "2048", "--gpu", "h800"]
 
@@ -45,16 +45,16 @@ def test_json_has_every_number() -> None:
 
 def test_the_best_layouts_fit_and_are_in_order() -> None:
     answer = plan_training("v3-671b", gpus=2048, gpu="h800")
-    best = answer.search.best
+    best = answer.best
     assert answer.plan is best[0]
     assert all(plan.fits for plan in best)
     assert [plan.step.total for plan in best] == sorted(plan.step.total for plan in best)
-    assert not any(plan.fits for plan in answer.search.too_large)
+    assert not any(plan.fits for plan in answer.too_large)
 
 
 def test_words_fix_a_layout_and_the_rest_is_searched() -> None:
     answer = plan_training("v3-671b", gpus=2048, gpu="h800", layout="pp16, EP64")
-    for plan in (*answer.search.best, *answer.search.too_large):
+    for plan in (*answer.best, *answer.too_large):
         assert (plan.setting.layout.pp, plan.setting.layout.ep) == (16, 64)
 
 
@@ -74,7 +74,7 @@ def test_words_fix_a_layout_and_the_rest_is_searched() -> None:
 def test_anything_is_planned(model: str, gpus: int, gpu: str, rows: int | None) -> None:
     answer = plan_training(model, gpus=gpus, gpu=gpu, batch_rows=rows)
     assert 0 < answer.plan.mfu(causal=True) < 1
-    if not answer.search.best:
+    if not answer.best:
         assert answer.plan.missing_gib > 0
 
 
@@ -98,7 +98,7 @@ def test_giving_up_the_pipeline_gives_up_its_copies() -> None:
 
 def test_too_few_gpus_are_told_how_many_are_enough() -> None:
     answer = plan_training("bench-6b", gpus=1, gpu="rtx-4090")
-    assert not answer.search.best
+    assert not answer.best
     assert answer.nearest is not None
     assert answer.nearest.fits and answer.nearest.setting.layout.gpus > 1
 
@@ -139,7 +139,7 @@ def test_planning_needs_no_torch() -> None:
         "import pkgutil, sys, importlib, whalefall.plan as plan\n"
         "for module in pkgutil.iter_modules(plan.__path__):\n"
         "    importlib.import_module(f'whalefall.plan.{module.name}')\n"
-        "from whalefall.plan.planner import plan_training\n"
+        "from whalefall.plan.search import plan_training\n"
         "plan_training('v3-671b', gpus=2048, gpu='h800').plan.step\n"
         "assert 'torch' not in sys.modules\n"
     )

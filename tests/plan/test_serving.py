@@ -7,15 +7,13 @@ from typer.testing import CliRunner
 
 from whalefall.cli.plan import plan_app
 from whalefall.errors import UserError
+from whalefall.plan.architecture import GroupedAttention
 from whalefall.plan.decode import NetworkLimit, decode_step, exchange_seconds, network_limit
 from whalefall.plan.hardware import load_hardware
-from whalefall.plan.income import Day, Prices, Traffic, published_day
-from whalefall.plan.kv import Cache, kind_of, layer_bytes, variants
-from whalefall.plan.layers import GroupedAttention
 from whalefall.plan.models import architecture_of, model_names
 from whalefall.plan.prefill import prefill
-from whalefall.plan.serving import plan_serving
-from whalefall.plan.unit import Unit, fewest_redundant
+from whalefall.plan.serving import Day, Prices, Traffic, plan_serving
+from whalefall.plan.unit import Cache, Unit, fewest_redundant, kind_of, layer_bytes, variants
 from whalefall.plan.units import GIB
 
 V3 = architecture_of("v3-671b")
@@ -49,7 +47,7 @@ def test_an_fp8_latent_has_scales_and_a_bf16_key():
 
 def test_attention_of_all_kinds_side_by_side():
     found = {it.name: it for it in variants(V3)}
-    own = next(it for it in found.values() if it.is_own)
+    own = variants(V3)[0]
     assert found["MHA"].bytes_per_token / own.bytes_per_token == pytest.approx(56.9, abs=0.05)
     assert found["MHA"].bytes_per_token == 16 * found["GQA of 8"].bytes_per_token
     assert found["MQA"].bytes_per_token == 61 * 2 * 2 * 128
@@ -120,7 +118,7 @@ def test_every_model_has_a_smallest_unit(model):
 def test_decoding_is_bound_by_weights_with_one_user_and_by_work_with_many():
     alone, many = decode_step(unit(144), 1, 4989), decode_step(unit(144), 128, 4989)
     weights = sum(unit(144).weight_bytes().values())
-    assert alone.seconds > (weights - 8e9) / unit(144).bandwidth
+    assert alone.seconds > (weights - 8e9) / unit(144).hardware.bandwidth
     assert not alone.halves
     assert many.halves
     assert alone.seconds < many.seconds < 128 * alone.seconds
@@ -137,8 +135,8 @@ def test_absorbed_attention_is_at_the_ridge():
     """A cached token of a layer: 128 heads of 2 (576 + 512) FLOPs over 1152 bytes."""
     step = decode_step(unit(144), 1, 10_000)
     flops = 61 * 10_000 * 128 * 2 * (576 + 512)
-    read = 10_000 * 70_272 / unit(144).bandwidth
-    assert step.parts["attention"] == pytest.approx(flops / unit(144).rate("bf16", 0.56))
+    read = 10_000 * 70_272 / unit(144).hardware.bandwidth
+    assert step.parts["attention"] == pytest.approx(flops / unit(144).hardware.rate("bf16", 0.56))
     assert step.parts["attention"] == pytest.approx(read, rel=0.25)
 
 
@@ -209,7 +207,7 @@ def test_a_plans_own_limit_counts_its_own_network():
 
 
 def test_deepseeks_day():
-    day = published_day()
+    day = Day()
     assert day.cost == 87_072
     assert day.income == pytest.approx(562_027, rel=2e-4)
     assert f"{day.margin:.0%}" == "545%"

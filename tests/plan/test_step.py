@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from whalefall.plan.assumptions import assumptions_of
+from whalefall.plan.answers import training_report
 from whalefall.plan.hardware import load_hardware
-from whalefall.plan.layout import Layout
+from whalefall.plan.layout import Layout, Setting
 from whalefall.plan.models import architecture_of
-from whalefall.plan.setting import Setting
+from whalefall.plan.search import plan_training
 from whalefall.plan.stages import cut
 from whalefall.plan.step import step_time
 from whalefall.plan.traffic import exchange_seconds, visited
@@ -46,15 +46,17 @@ def test_the_published_speed_is_predicted() -> None:
 def test_parts_and_phases_are_the_same_seconds() -> None:
     step = PLAN.step
     assert sum(step.parts.values()) == pytest.approx(step.total)
-    assert step.phases.total + step.optimizer == pytest.approx(step.total)
+    assert sum(step.phases) + step.optimizer == pytest.approx(step.total)
     assert min(step.parts.values()) > 0
 
 
 def test_what_was_tuned_is_named() -> None:
-    tuned = [assumption.text for assumption in assumptions_of(SETTING) if assumption.tuned]
-    assert len(tuned) == 3
-    alone = replace(SETTING, layout=Layout(products="fp8"), batch_rows=8)
-    assert not any(assumption.tuned for assumption in assumptions_of(alone))
+    words = "pp16,ep64,dualpipe,selective,mb1"
+    spread = plan_training("v3-671b", gpus=2048, gpu="h800", layout=words)
+    alone = plan_training("quickstart", gpus=1, gpu="h800", layout="pp1")
+    for answer, count in ((spread, 3), (alone, 0)):
+        tuned = [it["tuned"] for it in training_report(answer).numbers["assumptions"]]
+        assert tuned.count(True) == count < len(tuned)
 
 
 def test_the_network_is_cut_as_deepseek_profiled_it() -> None:
@@ -67,7 +69,7 @@ def test_every_layer_is_in_one_stage(pp: int) -> None:
     layout = Layout(pp=pp, schedule="1f1b", products="fp8")
     stages = cut(replace(SETTING, layout=layout, batch_rows=64))
     layers = [layer for stage in stages for layer in stage.own_layers]
-    assert layers == list(SETTING.architecture.layers())
+    assert layers == list(SETTING.architecture.layers)
     assert [stage.is_first for stage in stages] == [True] + [False] * (pp - 1)
     assert [stage.is_last for stage in stages] == [False] * (pp - 1) + [True]
 

@@ -14,12 +14,12 @@ def claims(
     html: Html = None,
 ) -> None:
     """Check published claims: each with our figure, how we come to it, and the verdict."""
-    from whalefall.plan.claims_report import claims_report, to_markdown
+    from whalefall.plan.claims import claims_report
     from whalefall.plan.report import write
 
     report = claims_report()
     if markdown is None:
         show(report, as_json, html)
     else:
-        write(markdown, to_markdown(report))
+        write(markdown, report.markdown)
         typer.echo(markdown)

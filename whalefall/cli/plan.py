@@ -55,8 +55,8 @@ def plan_train(
     html: Html = None,
 ) -> None:
     """Plan a training run: memory, time by part, cost, and the layouts that do best."""
-    from whalefall.plan.planner import plan_training
-    from whalefall.plan.training_report import training_report
+    from whalefall.plan.answers import training_report
+    from whalefall.plan.search import plan_training
 
     answer = plan_training(
         model,
@@ -110,9 +110,8 @@ def plan_serve(
     html: Html = None,
 ) -> None:
     """Plan serving: what fits, how fast it is, what the network allows, income and cost."""
-    from whalefall.plan.income import Prices, Traffic
-    from whalefall.plan.serving import plan_serving
-    from whalefall.plan.serving_report import serving_report
+    from whalefall.plan.answers import serving_report
+    from whalefall.plan.serving import Prices, Traffic, plan_serving
 
     plan = plan_serving(
         model,
@@ -151,18 +150,19 @@ def plan_network(
     html: Html = None,
 ) -> None:
     """Compare networks: FT2, MPFT, FT3, Slim Fly and Dragonfly, by size, cost and speed."""
-    from whalefall.plan.hardware import load_hardware
-    from whalefall.plan.network_cost import LATENCIES, UnitPrices, compare_networks
-    from whalefall.plan.network_report import network_report
+    from whalefall.plan.answers import network_report, plan_networks
 
-    found = compare_networks(
+    found = plan_networks(
         endpoints,
-        card=load_hardware(gpu).nic,
-        size=mib * 2**20,
-        latencies=LATENCIES[latency],
-        prices=UnitPrices(switch_price, link_price, short_link_price, endpoint_price),
+        gpu,
+        latency,
+        mib,
+        switch=switch_price,
+        link=link_price,
+        short_link=short_link_price,
+        endpoint=endpoint_price,
     )
-    show(network_report(found, endpoints), as_json, html)
+    show(network_report(found), as_json, html)
 
 
 @plan_app.command("cost")
@@ -203,30 +203,24 @@ def plan_cost(
     html: Html = None,
 ) -> None:
     """What a whole programme costs: runs that fail, people, GPUs rented or bought."""
-    from whalefall.plan.cost import OFFICIAL_HOURS, Programme, assumptions_with
-    from whalefall.plan.cost_report import cost_report
-    from whalefall.plan.hardware import load_hardware
+    from whalefall.plan.answers import cost_report
+    from whalefall.plan.cost import plan_programme
 
-    if gpu_price is None and gpu.lower() not in ("h800", "h100", "h200"):
-        raise UserError(f"the price of a {gpu} server is not known here: give --gpu-price")
-    hardware = load_hardware(gpu)
-    plan = Programme(
-        gpu_hours=OFFICIAL_HOURS if gpu_hours is None else {"final run": gpu_hours},
-        gpus=gpus,
-        hardware=hardware,
-        rent=hardware.dollars_per_hour if rent is None else rent,
-        assumed=assumptions_with(
-            attempts=attempts,
-            people=people,
-            years=years,
-            dollars_per_person_year=salary,
-            server_dollars=gpu_price,
-            lifetime_years=lifetime,
-            use=use,
-            power_usage_effectiveness=pue,
-            dollars_per_kwh=kwh_price,
-            dollars_per_kw_month=building,
-        ),
+    plan = plan_programme(
+        gpu_hours,
+        gpus,
+        gpu,
+        rent,
+        attempts=attempts,
+        people=people,
+        years=years,
+        dollars_per_person_year=salary,
+        server_dollars=gpu_price,
+        lifetime_years=lifetime,
+        use=use,
+        power_usage_effectiveness=pue,
+        dollars_per_kwh=kwh_price,
+        dollars_per_kw_month=building,
     )
     show(cost_report(plan), as_json, html)
 
@@ -252,12 +246,10 @@ def plan_schedules(
     html: Html = None,
 ) -> None:
     """Compare pipeline schedules: bubble, activations, parameters; draw one."""
-    from whalefall.parallel.schedule import ScheduleKind
-    from whalefall.plan.bubble import Times
+    from whalefall.plan.answers import plan_schedules, schedule_report
     from whalefall.plan.report import write
     from whalefall.plan.schedule_drawing import draw
-    from whalefall.plan.schedule_report import schedule_report
-    from whalefall.plan.schedules import plan_schedule
+    from whalefall.plan.schedules import Times
 
     if drawing is not None and kind is None:
         raise UserError("--draw needs --kind: a picture shows one schedule")
@@ -268,14 +260,7 @@ def plan_schedules(
         overlapped=forward + backward if overlapped is None else overlapped,
         transfer=transfer,
     )
-    found, refused = [], []
-    for name in ScheduleKind if kind is None else [kind]:
-        try:
-            found.append(plan_schedule(name, pp=pp, micro_batches=micro_batches, times=times))
-        except UserError as error:
-            refused.append(str(error))
-    if not found:
-        raise UserError(refused[0])
+    found, refused = plan_schedules(pp, micro_batches, kind, times)
     if drawing is not None:
         write(drawing, draw(found[0].timeline))
     show(schedule_report(found, refused, pictures=html is not None), as_json, html)

@@ -17,7 +17,9 @@ def show(report: "Report", as_json: bool, html: Path | None) -> None:
     from rich.console import Console
 
     if html is not None:
-        report.write_html(html)
+        from whalefall.plan.report import write
+
+        write(html, report.to_html())
     if as_json:
         typer.echo(report.to_json())
         return

@@ -215,7 +215,7 @@ class Runner:
             torch.cat([decodes.following, after]),
             torch.cat([decoding, end_slots]),
             torch.cat([self._every_place(decodes), ends_at]),
-            torch.cat([decodes.positions, stops]),
+            torch.cat([decodes.positions, stops.int()]),
             torch.cat([decodes.drafts, unverified.unsqueeze(1).expand(-1, self.width - 1)]),
             torch.cat([torch.full_like(decoding, self.width - 1), unverified]),
         )

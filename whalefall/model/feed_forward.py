@@ -1,5 +1,6 @@
 """The feed-forward half of a block: a dense SwiGLU, or shared and routed experts (paper 2.1.2)."""
 
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -8,11 +9,11 @@ from torch import Tensor, nn
 
 from whalefall.config.model import ModelConfig
 from whalefall.model.dispatch import Dispatched
-from whalefall.model.joined import as_one, lay_together
+from whalefall.model.joined import if_together, lay_together
 from whalefall.model.linear import Linear
 from whalefall.model.router import Router
 from whalefall.ops.block_linear import block_experts
-from whalefall.ops.few_rows import FEW, Weight, few_rows, runs_few_rows
+from whalefall.ops.few_rows import Weight, are_few, few_rows
 from whalefall.ops.fp8_experts import fp8_experts
 from whalefall.ops.fp8_linear import Recipe, WeightCast, fp8_linear
 from whalefall.ops.gate import Sorted
@@ -122,18 +123,20 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config.hidden_size, width) if width else None
         self.block_rows: int | None = None
         """As ``Linear.block_rows``."""
+        self._all_up: Weight | None = None
+        self._all_down: Weight | None = None
 
     def infer(
         self, x: Float[Tensor, "tokens hidden"], choice: Sorted
     ) -> tuple[Float[Tensor, "pairs hidden"], Float[Tensor, "tokens hidden"] | None]:
         """Routed rows as ``choice`` sorts them, weighted, and the shared experts' output.
 
-        For inference. Where each expert has few rows two kernels make both, the shared expert
+        For inference. Where each expert has few rows kernels make both, the shared expert
         being one more expert if it was joined to the others.
         """
         _, _, places, ends, row_tokens, row_weights = choice
         shared, pairs = self.shared_experts, len(row_tokens)
-        if x.is_cuda and self._takes_few(x, pairs):
+        if self._takes_few(x, pairs):
             joint = self._joint()
             weights = joint or self.experts.held
             rows = few_rows(x, row_tokens, row_weights, ends, *weights, block_rows=self.block_rows)
@@ -149,20 +152,25 @@ class MoE(nn.Module):
         """Lay the shared expert's weights behind the others', if it is as wide as one of them."""
         shared = self.shared_experts
         if shared is not None and shared.down_proj.in_features == self.experts.down_proj.shape[2]:
-            for weights in self._together(shared):
-                lay_together(*weights)
+            (up, down), gate = self.experts.held, shared.gate_proj.held
+            self._all_up = lay_together(up, gate, shared.up_proj.held)
+            self._all_down = lay_together(down, shared.down_proj.held)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._all_up = self._all_down = None  # the weights may move apart
+        return super()._apply(fn, recurse)
 
     def _takes_few(self, x: Tensor, pairs: int) -> bool:
-        is_few = self.block_rows is not None or pairs <= FEW * len(self.experts.down_proj)
-        return is_few and self.experts.recipe is None and runs_few_rows(x, *self.experts.held)
+        if self.experts.recipe is not None:
+            return False
+        return self.block_rows is not None or are_few(pairs, x, *self.experts.held)
 
     def _joint(self) -> tuple[Weight, Weight] | None:
         """The experts with the shared one behind them, if they were joined."""
-        if self.shared_experts is None:
+        experts, shared = self.experts, self.shared_experts
+        if shared is None:
             return None
-        up, down = (as_one(*weights) for weights in self._together(self.shared_experts))
-        return None if up is None or down is None else (up, down)
-
-    def _together(self, shared: MLP) -> tuple[list[Weight], list[Weight]]:
-        up, down = self.experts.held
-        return [up, shared.gate_proj.held, shared.up_proj.held], [down, shared.down_proj.held]
+        gate, up = shared.gate_proj.weight, shared.up_proj.weight
+        all_up = if_together(self._all_up, experts.gate_up_proj, gate, up)
+        all_down = if_together(self._all_down, experts.down_proj, shared.down_proj.weight)
+        return None if all_up is None or all_down is None else (all_up, all_down)

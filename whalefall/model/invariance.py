@@ -19,13 +19,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from whalefall.model.cache import Rows
 from whalefall.ops.block_linear import streamed_linear
 from whalefall.ops.few_rows import Weight
+from whalefall.ops.linear import linear
 
 _AT_ONCE = 256
 """Tokens whose attention is one launch on CUDA: memory for their pieces is held at once."""
@@ -56,4 +56,4 @@ class Invariance:
         """x W^T. For inference."""
         if self.block_rows is not None:
             return streamed_linear(x, Weight(weight), self.block_rows)
-        return torch.cat([F.linear(row, weight) for row in x.split(1)])
+        return torch.cat([linear(row, weight) for row in x.split(1)])

@@ -12,13 +12,13 @@ from whalefall.ops.few_rows import Weight
 
 
 @torch.no_grad()
-def lay_together(*weights: Weight) -> None:
+def lay_together(*weights: Weight) -> Weight | None:
     """Move weights into one piece of memory, in this order; scales into another.
 
-    Nothing happens where they lie so already.
+    Nothing happens where they lie so already. Returns ``as_one`` of them.
     """
-    if as_one(*weights) is not None:
-        return
+    if (whole := as_one(*weights)) is not None:
+        return whole
     for tensors in zip(*weights, strict=True):
         if tensors[0] is None:
             continue
@@ -26,6 +26,19 @@ def lay_together(*weights: Weight) -> None:
         memory = torch.empty(sum(sizes), dtype=tensors[0].dtype, device=tensors[0].device)
         for tensor, part in zip(tensors, memory.split(sizes), strict=True):
             tensor.data = part.view(tensor.shape).copy_(tensor)
+    return as_one(*weights)
+
+
+def if_together(whole: Weight | None, *parts: Tensor) -> Weight | None:
+    """What ``as_one`` gave for weights with these values, if they still lie so."""
+    if whole is None:
+        return None
+    at = whole.values.data_ptr()
+    for part in parts:
+        if part.data_ptr() != at:
+            return None
+        at += part.nbytes
+    return whole
 
 
 def as_one(*weights: Weight) -> Weight | None:

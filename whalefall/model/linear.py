@@ -4,15 +4,15 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from whalefall.model.joined import as_one, lay_together
+from whalefall.model.joined import if_together, lay_together
 from whalefall.ops.block_linear import block_linear, streamed_linear
 from whalefall.ops.few_rows import Weight, runs_few_rows
 from whalefall.ops.fp8_blocks import encode_blocks
 from whalefall.ops.fp8_linear import Recipe, WeightCast, fp8_linear
+from whalefall.ops.linear import linear
 from whalefall.ops.quantize import TILE
 
 
@@ -35,7 +35,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if self.recipe is None and self.block_rows is None:
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         return self._by_rows(x)
 
     def beside(
@@ -48,18 +48,14 @@ class Linear(nn.Linear):
         if self.recipe is not None:
             return fp8_linear(x, [self.weight, other.weight], self._cast, self.recipe)
         if torch.is_grad_enabled():
-            return F.linear(x, torch.cat([self.weight, other.weight]))
+            return linear(x, torch.cat([self.weight, other.weight]))
         if (joint := self.joint(other)) is not None:
             return self._product(x, joint)
         return torch.cat([self(x), other(x)], 1)
 
     def joint(self, other: "Linear") -> Weight | None:
         """Both weights as one, if they were joined and still lie so."""
-        if self._joint is None:
-            return None
-        first, second, at = self.weight, other.weight, self._joint.values.data_ptr()
-        lie_so = first.data_ptr() == at and second.data_ptr() == at + first.nbytes
-        return self._joint if lie_so else None
+        return if_together(self._joint, self.weight, other.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._joint = None  # the weights may move apart, and must not be kept alive
@@ -74,7 +70,7 @@ class Linear(nn.Linear):
         if self.recipe is not None:
             return fp8_linear(x, [weight.values], self._cast, self.recipe)
         if self.block_rows is None or torch.is_grad_enabled() or not runs_few_rows(x, weight):
-            return F.linear(x, weight.values)
+            return linear(x, weight.values)
         return streamed_linear(x, weight, self.block_rows)
 
 
@@ -118,5 +114,4 @@ def join(first: Linear, second: Linear) -> None:
     """
     if isinstance(first, BlockLinear) and first.out_features % TILE:
         return  # the second's first block would begin within the first's last
-    lay_together(first.held, second.held)
-    first._joint = as_one(first.held, second.held)
+    first._joint = lay_together(first.held, second.held)

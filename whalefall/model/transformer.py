@@ -28,6 +28,7 @@ from whalefall.model.router import Router, Routing
 from whalefall.ops.decode_places import Places
 from whalefall.ops.fp8_linear import Recipe
 from whalefall.ops.gemm import FP8_ALIGNMENT
+from whalefall.ops.linear import linear
 from whalefall.ops.rope import inverse_frequencies, rotations, yarn_frequencies, yarn_mscale
 
 
@@ -249,7 +250,7 @@ class Transformer(nn.Module):
     def logits(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
         """As the product gives them, in the type of the weights: what the sampler reads."""
         if self.invariance is None or torch.is_grad_enabled():
-            return self.lm_head(hidden)
+            return linear(hidden, self.lm_head.weight)
         logits = self.invariance.linear(hidden.flatten(0, -2), self.lm_head.weight)
         return logits.view(*hidden.shape[:-1], self.config.vocab_size)
 

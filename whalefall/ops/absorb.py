@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from whalefall.ops.function import runs_kernel
+from whalefall.ops.function import runs_cpu_kernel, runs_kernel
 from whalefall.ops.rope import rotate
 
 
@@ -28,6 +28,10 @@ def absorb_query(
         from whalefall.kernels import absorb as kernel
 
         return kernel.absorb_query(q, rotation, w_uk)
+    if runs_cpu_kernel(q, w_uk):
+        from whalefall.kernels.cpu import mla
+
+        return mla.absorb_query(q.contiguous(), rotation, w_uk)
     nope = w_uk.shape[1]
     q_nope, q_rope = q.split_with_sizes([nope, q.shape[-1] - nope], -1)
     # Heads first, so that all heads are one batched product.
@@ -46,6 +50,10 @@ def unfold_values(
         from whalefall.kernels import absorb as kernel
 
         return kernel.unfold_values(mixed, w_uv)
+    if runs_cpu_kernel(mixed, w_uv):
+        from whalefall.kernels.cpu import mla
+
+        return mla.unfold_values(mixed.contiguous(), w_uv)
     return torch.bmm(mixed.transpose(0, 1), w_uv.mT).transpose(0, 1).flatten(1)
 
 

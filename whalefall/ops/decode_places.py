@@ -8,9 +8,10 @@ which of them the rows of a step are.
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Complex, Int
+from jaxtyping import Complex, Int, Int32
 from torch import Tensor
 
+from whalefall.ops.function import is_compiled
 from whalefall.ops.latent_attention import PAGE
 
 
@@ -31,9 +32,9 @@ class Places(NamedTuple):
 
 def decode_places(
     slots: Int[Tensor, "rows"],
-    lengths: Int[Tensor, "slots"],
+    lengths: Int32[Tensor, "slots"],
     tokens: Int[Tensor, "slots width"],
-    pages: Int[Tensor, "slots max_pages"],
+    pages: Int32[Tensor, "slots max_pages"],
     rotation: Complex[Tensor, "positions half"],
 ) -> Places:
     """What a step needs to know of the rows in these slots.
@@ -45,6 +46,10 @@ def decode_places(
         from whalefall.kernels import decode_places as kernel
 
         return Places(*kernel.decode_places(slots, lengths, tokens, pages, rotation, PAGE))
+    if is_compiled(slots):
+        from whalefall.kernels.cpu import places as cpu_kernel
+
+        return Places(*cpu_kernel.decode_places(slots, lengths, tokens, pages, rotation, PAGE))
     own, table = lengths[slots], pages[slots]
     positions = own.unsqueeze(1) + torch.arange(tokens.shape[1], device=slots.device)
     turns = rotation[positions.flatten()]
@@ -61,9 +66,9 @@ def cache_entries(
 
 def advance(
     slots: Int[Tensor, "rows"],
-    lengths: Int[Tensor, "slots"],
+    lengths: Int32[Tensor, "slots"],
     tokens: Int[Tensor, "slots width"],
-    positions: Int[Tensor, "rows"],
+    positions: Int32[Tensor, "rows"],
     chosen: Int[Tensor, "rows width"],
     accepted: Int[Tensor, "rows"],
 ) -> Int[Tensor, "rows 1"]:
@@ -76,6 +81,10 @@ def advance(
         from whalefall.kernels import decode_places as kernel
 
         return kernel.advance(slots, lengths, tokens, positions, chosen, accepted)
+    if is_compiled(slots):
+        from whalefall.kernels.cpu import places as cpu_kernel
+
+        return cpu_kernel.advance(slots, lengths, tokens, positions, chosen, accepted)
     last = chosen.gather(1, accepted.unsqueeze(1))
     lengths[slots] = (positions + accepted).to(lengths.dtype)
     tokens[slots, :1] = last

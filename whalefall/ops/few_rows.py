@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
+from whalefall.ops.function import runs_cpu_kernel
 from whalefall.ops.grouped_linear import grouped_linear
 from whalefall.ops.grouped_linear import reference as grouped_reference
 from whalefall.ops.quantize import Blocks, dequantize
 from whalefall.ops.swiglu import swiglu
 
-FEW = 64
+_FEW, _FEW_ON_CPU = 64, 8
 """Rows of an expert, on average, up to which its weights are the time."""
 
 
@@ -55,6 +56,10 @@ def few_rows(
         block_rows = block_rows or fitting_block(average * 4 / 3)  # so that most groups are one
         activated = kernel.up(x, row_tokens, row_weights, ends, *gate_up, block_rows)
         return kernel.down(activated, pairs, ends, *down, block_rows)
+    if _runs_cpu_kernel(x, gate_up, down):
+        from whalefall.kernels.cpu import experts as cpu_kernel
+
+        return cpu_kernel.few_rows(x, row_tokens, row_weights, ends, gate_up.values, down.values)
     rows, weights, ends = _all_rows(x, row_tokens, row_weights, ends, len(gate_up.values))
     activated = swiglu(grouped_linear(rows, decoded(gate_up, x.dtype, parts=2), ends), weights)
     return grouped_linear(activated, decoded(down, x.dtype), ends)
@@ -75,6 +80,14 @@ def reference(
     return grouped_reference(activated, decoded(down, x.dtype), ends)
 
 
+def are_few(pairs: int, x: Tensor, *weights: Weight) -> bool:
+    """Whether ``few_rows`` is the fastest way for so many rows of experts with these weights."""
+    experts = len(weights[0].values)
+    if runs_few_rows(x, *weights):
+        return pairs <= _FEW * experts
+    return pairs <= _FEW_ON_CPU * experts and _runs_cpu_kernel(x, *weights)
+
+
 def runs_few_rows(x: Tensor, *weights: Weight) -> bool:
     """Whether our kernels take these: BF16 on CUDA, rows of weights in whole 16 bytes (TMA)."""
     return (
@@ -86,6 +99,10 @@ def runs_few_rows(x: Tensor, *weights: Weight) -> bool:
             for values, scales in weights
         )
     )
+
+
+def _runs_cpu_kernel(x: Tensor, *weights: Weight) -> bool:
+    return all(scales is None and runs_cpu_kernel(x, values) for values, scales in weights)
 
 
 def fitting_block(rows: int | float) -> int:

@@ -1,9 +1,14 @@
-"""Calling operations that bring their own backward pass."""
+"""Calling operations: those that bring their own backward pass, and those that have kernels."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_HAS_NUMBA = find_spec("numba") is not None
+_FEW_NUMBERS = 1 << 23
+"""Of a tensor that one core is to work on; with more the library's threads are faster."""
 
 
 def call(operation: type[torch.autograd.Function], *inputs: Any) -> Tensor:
@@ -30,3 +35,15 @@ def runs_kernel(*tensors: Tensor) -> bool:
     if not tensors[0].is_cuda:  # first, because decoding on a CPU asks often
         return False
     return all(x.is_cuda and x.dtype in (torch.bfloat16, torch.float32) for x in tensors)
+
+
+def is_compiled(x: Tensor) -> bool:
+    """Whether there is Numba for where this is, and no gradient wanted."""
+    return x.is_cpu and _HAS_NUMBA and not torch.is_grad_enabled()
+
+
+def runs_cpu_kernel(*tensors: Tensor) -> bool:
+    """Whether our Numba kernels take these: small, in FP32, and with no gradient wanted."""
+    if not is_compiled(tensors[0]):
+        return False
+    return all(x.dtype == torch.float32 and x.numel() <= _FEW_NUMBERS for x in tensors)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from whalefall.ops.function import runs_kernel
+from whalefall.ops.function import runs_cpu_kernel, runs_kernel
 from whalefall.ops.linear_fp32 import linear_fp32
 from whalefall.ops.permute import order_by_expert
 from whalefall.ops.route import route
@@ -49,13 +49,17 @@ def gate(
 
     The product is FP32 in meaning: exact products of BF16 numbers summed in FP32, or FP32 operands.
     """
+    options = (top_k, n_group, topk_group, norm_topk_prob, scale)
     if runs_kernel(x, weight):
         from whalefall.kernels import gate as kernel
 
         is_narrow = x.dtype == weight.dtype == torch.bfloat16
         parts = kernel.logits(x, weight) if is_narrow else linear_fp32(x, weight).unsqueeze(0)
-        options = (top_k, n_group, topk_group, norm_topk_prob, scale)
         return Sorted(*kernel.choose(parts, bias, *options))
+    if runs_cpu_kernel(x, weight):
+        from whalefall.kernels.cpu import gate as cpu_kernel
+
+        return Sorted(*cpu_kernel.gate(x.contiguous(), weight, bias, *options))
     experts, weights, _, loads = route(
         linear_fp32(x, weight),
         bias,

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int32, Shaped, UInt8
 from torch import Tensor
 
+from whalefall.ops.function import runs_cpu_kernel
 from whalefall.ops.quantize import TILE, Tiles, dequantize, quantize_tiles
 
 PAGE = 64
@@ -40,7 +41,14 @@ def latent_attention(
     memory it takes, follow from the shapes. With ``split_keys``, a multiple of 64, a row is reduced
     in pieces of so many keys, and its result has the same bits in any batch.
     """
+    _check_split(split_keys)
     _, width, heads, _ = q.shape
+    if runs_cpu_kernel(q) and store.dtype == q.dtype:
+        from whalefall.kernels.cpu import mla
+
+        return mla.latent_attention(q.contiguous(), store, pages, lengths, value_dim, scale)
+    if not _runs_kernel(q.device, q.dtype):
+        return _gathered(q, store, pages, lengths, value_dim, scale)
     if plan is None:
         plan = plan_attention(
             lengths,
@@ -50,8 +58,7 @@ def latent_attention(
             dtype=q.dtype,
             split_keys=split_keys,
         )
-    if not _runs_kernel(q.device, q.dtype):
-        return _gathered(q, store, pages, plan, value_dim, scale)
+    assert plan is not None
     if not store.is_contiguous():
         raise ValueError("expected a store whose pages follow one another in memory")
     from whalefall.kernels import latent_attention as kernel
@@ -70,25 +77,18 @@ def plan_attention(
     max_pages: int,
     dtype: torch.dtype,
     split_keys: int | None = None,
-) -> Tensor:
-    """What attention to rows of these lengths needs to know in every layer of a step.
+) -> Tensor | None:
+    """How attention to rows of these lengths is spread over a GPU: the same in all layers.
 
-    For the kernel how the rows are spread over multiprocessors; elsewhere what is added to the
-    scores to hide what a query must not see. ``dtype`` is that of the queries. Raises ValueError if
+    None where no kernel asks for it. ``dtype`` is that of the queries. Raises ValueError if
     ``split_keys`` is no multiple of 64.
     """
-    if split_keys is not None and (split_keys < PAGE or split_keys % PAGE):
-        raise ValueError(f"expected split_keys to be a multiple of {PAGE}, not {split_keys}")
-    if _runs_kernel(lengths.device, dtype):
-        from whalefall.kernels import latent_attention as kernel
+    _check_split(split_keys)
+    if not _runs_kernel(lengths.device, dtype):
+        return None
+    from whalefall.kernels import latent_attention as kernel
 
-        return kernel.plan(lengths, width, heads, max_pages, (split_keys or 0) // PAGE)
-    last = lengths[:, None] + torch.arange(width, device=lengths.device)
-    keys = int(last.max()) + 1 if len(lengths) else 0
-    hidden = torch.arange(keys, device=lengths.device) > last[:, :, None]
-    bias = torch.zeros(hidden.shape, dtype=dtype, device=lengths.device)
-    bias.masked_fill_(hidden, -torch.inf)
-    return bias if width == 1 else bias.repeat_interleave(heads, 1)
+    return kernel.plan(lengths, width, heads, max_pages, (split_keys or 0) // PAGE)
 
 
 def reference(
@@ -141,27 +141,25 @@ def _runs_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _gathered(
-    q: Tensor, store: Tensor, pages: Tensor, bias: Tensor, value_dim: int, scale: float
+    q: Tensor, store: Tensor, pages: Tensor, lengths: Tensor, value_dim: int, scale: float
 ) -> Tensor:
     """Two products over the latents of all rows side by side, as many as the longest row has."""
     rows, width, heads, _ = q.shape
-    keys = bias.shape[-1]
-    latents = _latents(store, pages[:, : -(-keys // PAGE)], value_dim, q.dtype)[:, :keys]
+    last = lengths.unsqueeze(1) + torch.arange(width, device=lengths.device)
+    keys = int(last.max()) + 1 if rows else 0
+    found = store[pages[:, : -(-keys // PAGE)].long()]
+    if store.dtype == torch.uint8:
+        found = decode_latents(found.flatten(0, -2), value_dim, q.dtype).view(*found.shape[:3], -1)
+    latents = found.flatten(1, 2)[:, :keys]
+    hidden = torch.arange(keys, device=lengths.device) > last.unsqueeze(-1)
+    bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
+    bias = bias.masked_fill_(hidden, -torch.inf).repeat_interleave(heads, 1)
     scores = torch.baddbmm(bias, q.flatten(1, 2), latents.mT, alpha=scale)
     wide = torch.promote_types(q.dtype, torch.float32)
     weights = scores.softmax(-1, dtype=wide).to(q.dtype)
     return torch.bmm(weights, latents[..., :value_dim]).view(rows, width, heads, value_dim)
 
 
-def _latents(store: Tensor, pages: Tensor, value_dim: int, dtype: torch.dtype) -> Tensor:
-    """[rows, tokens, latent]: a view of the store where one row has neighbouring pages."""
-    rows, needed = pages.shape
-    ids = pages[0].tolist() if rows == 1 and not pages.is_cuda else []
-    if ids and ids == list(range(ids[0], ids[0] + needed)):
-        found = store[ids[0] : ids[0] + needed]
-    else:
-        found = store.index_select(0, pages.flatten())
-    tokens = found.flatten(0, 1)
-    if store.dtype == torch.uint8:
-        tokens = decode_latents(tokens, value_dim, dtype)
-    return tokens.view(rows, needed * PAGE, tokens.shape[-1])
+def _check_split(split_keys: int | None) -> None:
+    if split_keys is not None and (split_keys < PAGE or split_keys % PAGE):
+        raise ValueError(f"expected split_keys to be a multiple of {PAGE}, not {split_keys}")

@@ -6,7 +6,7 @@ For inference: no gradient flows through. On CUDA all is one kernel.
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from whalefall.ops.function import runs_kernel
+from whalefall.ops.function import runs_cpu_kernel, runs_kernel
 from whalefall.ops.permute import unpermute
 from whalefall.ops.rms_norm import reference as norm
 from whalefall.ops.rms_norm import rms_norm
@@ -29,6 +29,10 @@ def merge_norm(
         from whalefall.kernels import merge_norm as kernel
 
         return kernel.forward(residual, rows, places, shared, weight, eps)
+    if runs_cpu_kernel(residual, rows, weight):
+        from whalefall.kernels.cpu import norm
+
+        return norm.merge_norm(residual, rows, places, shared, weight, eps)
     total = residual + unpermute(rows, places)
     total = total if shared is None else total.add_(shared)
     return total, rms_norm(total, weight, eps)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from whalefall.ops.function import runs_kernel
+from whalefall.ops.function import runs_cpu_kernel, runs_kernel
 from whalefall.ops.rms_norm import reference as norm
 from whalefall.ops.rms_norm import rms_norm
 from whalefall.ops.rope import rotate
@@ -36,6 +36,10 @@ def mla_latents(
         from whalefall.kernels import mla_latents as kernel
 
         return kernel.forward(joint, q_weight, kv_weight, rotation, store, slots, eps)
+    if runs_cpu_kernel(joint, kv_weight):
+        from whalefall.kernels.cpu import mla
+
+        return mla.mla_latents(joint, q_weight, kv_weight, rotation, store, slots, eps)
     query, latent, key = _split(joint, q_weight, kv_weight, rotation)
     entry = torch.cat([rms_norm(latent, kv_weight, eps), rotate(key, rotation)], -1)
     store.view(-1, store.shape[-1]).index_copy_(0, slots, entry.type_as(store))

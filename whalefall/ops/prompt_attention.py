@@ -37,7 +37,7 @@ def prompt_attention(
     other sequences there are.
     """
     if not (q.is_cuda and q.dtype == torch.bfloat16):
-        return _one_by_one(q, kv, k_rope, rotation, query_ends, key_ends, scale)
+        return _by_shape(q, kv, k_rope, rotation, query_ends, key_ends, scale)
     from whalefall.kernels import prompt_attention as kernel
 
     return kernel.forward(q, kv, k_rope, rotation, (query_ends, key_ends), scale)
@@ -69,7 +69,7 @@ def reference(
     return out.flatten(1)
 
 
-def _one_by_one(
+def _by_shape(
     q: Tensor,
     kv: Tensor,
     k_rope: Tensor,
@@ -78,19 +78,27 @@ def _one_by_one(
     key_ends: Tensor,
     scale: float,
 ) -> Tensor:
-    """Each sequence with whole keys, by the attention of training."""
+    """Sequences of one shape together, with whole keys, by the attention of training."""
     heads, nope = q.shape[1], q.shape[-1] - k_rope.shape[-1]
     q = torch.cat([q[..., :nope], rotate(q[..., nope:], rotation.unsqueeze(1))], -1)
     out = q.new_empty(len(q), heads, kv.shape[-1] - nope)
+    alike: dict[tuple[int, int], list[tuple[slice, slice]]] = {}
     for queries, keys in _sequences(query_ends, key_ends):
-        shared = k_rope[keys].unsqueeze(1).expand(-1, heads, -1)
-        k = torch.cat([kv[keys, :, :nope], shared], -1)
+        shape = (queries.stop - queries.start, keys.stop - keys.start)
+        alike.setdefault(shape, []).append((queries, keys))
+    for (width, length), sequences in alike.items():
+        own_q = torch.stack([q[queries] for queries, _ in sequences])
+        own_kv = torch.stack([kv[keys] for _, keys in sequences])
+        shared = torch.stack([k_rope[keys] for _, keys in sequences]).unsqueeze(2)
+        k = torch.cat([own_kv[..., :nope], shared.expand(-1, -1, heads, -1)], -1)
         mask = None  # causal
-        if earlier := _earlier(queries, keys):
-            ones = torch.ones(1, 1, len(q[queries]), len(k), dtype=torch.bool, device=q.device)
-            mask = ones.tril(earlier)
-        batch = (x.transpose(0, 1).unsqueeze(0) for x in (q[queries], k, kv[keys, :, nope:]))
-        out[queries] = attention(*batch, scale=scale, mask=mask)[0].transpose(0, 1)
+        if length > width:
+            seen = torch.ones(len(sequences), 1, width, length, dtype=torch.bool, device=q.device)
+            mask = seen.tril(length - width)
+        batch = (x.transpose(1, 2) for x in (own_q, k, own_kv[..., nope:]))
+        found = attention(*batch, scale=scale, mask=mask).transpose(1, 2)
+        for (queries, _), of_sequence in zip(sequences, found, strict=True):
+            out[queries] = of_sequence
     return out.flatten(1)
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from whalefall.ops.function import call, runs_kernel
+from whalefall.ops.function import call, runs_cpu_kernel, runs_kernel
 
 
 def rms_norm(
@@ -22,6 +22,10 @@ def rms_norm(
     """
     if runs_kernel(x, weight):
         return call(_RMSNormKernel, x, weight, eps)
+    if runs_cpu_kernel(x, weight):
+        from whalefall.kernels.cpu import norm
+
+        return norm.rms_norm(x.contiguous(), weight, eps)
     return call(_RMSNorm, x, weight, eps)
 
 
@@ -34,6 +38,10 @@ def add_rms_norm(
     """The sum residual + delta, and that sum normed; both in the type of ``residual``."""
     if runs_kernel(residual, delta, weight):
         return _AddRMSNormKernel.apply(residual, delta, weight, eps)
+    if runs_cpu_kernel(residual, delta, weight):
+        from whalefall.kernels.cpu import norm
+
+        return norm.add_rms_norm(residual.contiguous(), delta.contiguous(), weight, eps)
     total = (residual + delta).type_as(residual)
     return total, rms_norm(total, weight, eps)
 

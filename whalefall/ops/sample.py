@@ -133,6 +133,8 @@ def accept(
         from whalefall.kernels import sample as kernel
 
         return kernel.accept(drafts, tokens, verified)
+    if not drafts.shape[1]:
+        return tokens.new_zeros(len(tokens))
     right = drafts == tokens[:, :-1]
     if verified is not None:
         right &= torch.arange(drafts.shape[1], device=drafts.device) < verified.unsqueeze(1)

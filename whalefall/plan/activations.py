@@ -8,9 +8,8 @@ projection keeps its input transposed in tiles, one byte a number and a scale of
 
 from dataclasses import dataclass
 
-from whalefall.plan.layers import Dense, Experts, LatentAttention, Layer
-from whalefall.plan.layout import Recompute
-from whalefall.plan.setting import Setting
+from whalefall.plan.architecture import Attention, Dense, Experts, LatentAttention, Layer
+from whalefall.plan.layout import Recompute, Setting
 from whalefall.plan.units import FP8_TILES, TILE
 
 STATISTIC = 4
@@ -21,49 +20,41 @@ STATISTIC = 4
 class Kept:
     """Bytes of one layer and micro-batch."""
 
-    block_input: float
+    always: float
+    """The block's input; scores and choices, which the balance loss reads."""
     projections: float
     """The norm before attention, MLA's projections, queries, keys, values."""
-    attention: float
-    """What the attention kernel returned."""
-    feed_forward: float
-    routing: float
-    """Scores and choices, which the balance loss reads."""
+    outside: float
+    """What the attention kernel returned, and the feed-forward half."""
     workspace: float
     """More than is kept, at most, while the backward pass is in the feed-forward half: gradients
     of rows, and of its weights."""
 
     def under(self, recompute: Recompute) -> float:
-        always = self.block_input + self.routing
-        if recompute == "block":
-            return always
-        outside = always + self.attention + self.feed_forward
-        return outside if recompute == "selective" else outside + self.projections
+        outside = self.always + (self.outside if recompute != "block" else 0)
+        return outside + (self.projections if recompute == "none" else 0)
 
     def workspace_under(self, recompute: Recompute) -> float:
         """``selective`` makes its part again when the feed-forward half is done and gone."""
-        made_again = self.under("none") - self.under("block") if recompute == "block" else 0
+        made_again = self.outside + self.projections if recompute == "block" else 0
         return self.workspace + made_again
 
 
 def kept_by(layer: Layer, setting: Setting) -> Kept:
     hidden, width, tokens = setting.architecture.hidden, setting.layout.bytes, setting.tokens
-    attention = width * layer.attention.v_width + STATISTIC * layer.attention.heads
-    if isinstance(layer.feed_forward, Dense):
-        feed_forward = _swiglu(layer.feed_forward.intermediate, setting)
-        feed_forward += tokens * setting.layout.input_bytes * hidden
-        workspace = _dense_workspace(layer.feed_forward, setting)
-        routing = 0
+    attention, half = layer.attention, layer.feed_forward
+    routing = 0
+    if isinstance(half, Dense):
+        feed_forward, workspace = _dense(half, setting)
     else:
-        feed_forward, workspace = _experts(layer.feed_forward, setting)
-        routing = tokens * _routing(layer.feed_forward)
-    residual = tokens * (width * hidden + STATISTIC)
+        feed_forward, workspace = _experts(half, setting)
+        routing = 4 * half.routed + (8 + 4) * half.top_k  # FP32 scores and weights, 64-bit choices
+    residual = width * hidden + STATISTIC
+    returned = width * attention.v_width + STATISTIC * attention.heads
     return Kept(
-        block_input=tokens * width * hidden,
-        projections=tokens * _projections(layer, setting),
-        attention=tokens * attention,
-        feed_forward=residual + feed_forward,
-        routing=routing,
+        always=tokens * (width * hidden + routing),
+        projections=tokens * _projections(attention, setting),
+        outside=tokens * (returned + residual) + feed_forward,
         workspace=workspace + 2 * tokens * width * hidden,  # the residual stream's gradients
     )
 
@@ -71,30 +62,18 @@ def kept_by(layer: Layer, setting: Setting) -> Kept:
 def deferred_by(layer: Layer, setting: Setting) -> float:
     """Bytes that a put-off weight gradient waits with, beyond what is kept for it: its output's
     gradients, and its inputs where they were made again."""
-    hidden, feed_forward = setting.architecture.hidden, layer.feed_forward
-    recompute = setting.layout.recompute
-    attention = layer.attention.projections(hidden)
-    if isinstance(feed_forward, Dense):
-        others, rows = feed_forward.projections(hidden), []
-    else:
-        others = feed_forward.shared_projections(hidden)
-        rows = feed_forward.expert(hidden) * feed_forward.top_k
-    numbers = sum(projection.outputs for projection in [*attention, *others, *rows])
-    if recompute != "none":
-        numbers += sum(projection.inputs for projection in attention)
-    if recompute == "block":
-        numbers += sum(projection.inputs for projection in [*others, *rows])
+    recompute, numbers = setting.layout.recompute, 0
+    for part, it in layer.matrices(setting.architecture.hidden).items():
+        made_again = recompute == "block" or (recompute == "selective" and part == "attention")
+        if part != "gates":
+            numbers += it.met * sum(p.outputs + made_again * p.inputs for p in it.projections)
     return setting.tokens * setting.layout.input_bytes * numbers
 
 
-def _is_fp8(setting: Setting) -> bool:
-    return setting.layout.products == "fp8"
-
-
-def _projections(layer: Layer, setting: Setting) -> float:
+def _projections(attention: Attention, setting: Setting) -> float:
     """A token's bytes from the block's input to what attention reads."""
-    attention, width = layer.attention, setting.layout.bytes
-    kept_input, is_fp8 = setting.layout.input_bytes, _is_fp8(setting)
+    width, kept_input = setting.layout.bytes, setting.layout.input_bytes
+    is_fp8 = setting.layout.is_fp8
     # Two projections read the normed input: each keeps its own tiles, or both one BF16 tensor.
     kept = STATISTIC + (2 if is_fp8 else 1) * kept_input * setting.architecture.hidden
     if is_fp8:  # in BF16 the last projection's input is attention's output itself
@@ -112,22 +91,19 @@ def _swiglu(inner: int, setting: Setting) -> float:
     """Bytes that a dense layer or the shared experts keep besides their input."""
     width = setting.layout.bytes
     # In BF16 gate and up are put side by side for one product, and that copy of them is kept.
-    copied = 0 if _is_fp8(setting) else 2 * width * inner * setting.architecture.hidden
+    copied = 0 if setting.layout.is_fp8 else 2 * width * inner * setting.architecture.hidden
     return setting.tokens * (2 * width + setting.layout.input_bytes) * inner + copied
 
 
-def _routing(experts: Experts) -> int:
-    """A token's bytes: FP32 scores and weights, 64-bit choices."""
-    return 4 * experts.routed + (8 + 4) * experts.top_k
-
-
-def _dense_workspace(dense: Dense, setting: Setting) -> float:
+def _dense(dense: Dense, setting: Setting) -> tuple[float, float]:
+    """Bytes that are kept, and the workspace."""
     width, inner, hidden = setting.layout.bytes, dense.intermediate, setting.architecture.hidden
-    if _is_fp8(setting):
+    if setting.layout.is_fp8:
         rows = width * (hidden + 2 * inner) + 2 * FP8_TILES * 2 * inner
     else:
         rows = width * (hidden + inner)
-    return setting.tokens * rows + 3 * width * inner * hidden
+    kept = _swiglu(inner, setting) + setting.tokens * setting.layout.input_bytes * hidden
+    return kept, setting.tokens * rows + 3 * width * inner * hidden
 
 
 def _experts(experts: Experts, setting: Setting) -> tuple[float, float]:
@@ -138,10 +114,10 @@ def _experts(experts: Experts, setting: Setting) -> tuple[float, float]:
     kept = float(setting.tokens * width * hidden + rows * (8 + 4))
     if experts.shared:
         kept += _swiglu(experts.shared * inner, setting)
-        if _is_fp8(setting):  # else they read what the gate reads
+        if setting.layout.is_fp8:  # else they read what the gate reads
             kept += setting.tokens * FP8_TILES * hidden
     up, down = (width * held * size * hidden * inner for size in (2, 1))  # weights' gradients
-    if _is_fp8(setting):
+    if setting.layout.is_fp8:
         # Each expert's columns begin at a multiple of 128.
         columns = FP8_TILES * (rows // TILE + held) * TILE
         kept += columns * hidden + FP8_TILES * rows * 2 * inner

@@ -1,12 +1,14 @@
 """Published claims, what we find, and the verdicts that follow from the two.
 
-``data/claims.yaml`` is the list; ``findings`` works our figures out.
+``data/claims.yaml`` is the list, and says what of a command's answer or of a measurement's result
+our figure is; ``findings`` works out those that are nowhere printed as such.
 """
 
+import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from importlib import resources
 from math import inf, isclose
 from pathlib import Path
 from typing import Self
@@ -16,12 +18,14 @@ from pydantic import Field, model_validator
 
 import whalefall
 from whalefall.config.model import Section
-from whalefall.plan.findings import Value, computed, measured
+from whalefall.errors import UserError
+from whalefall.plan.files import DATA
+from whalefall.plan.findings import COMPUTED, MEASURED, Value, answer_to, follow
+from whalefall.plan.report import Report, report
 
 RESULTS = Path(whalefall.__file__).parents[1] / "benchmarks" / "results"
 """Of a checkout; an installed package has no results of measurements."""
-
-Bound = float | None
+COMMAND = "whalefall claims --markdown docs/claims.md"
 
 
 class Claim(Section):
@@ -31,10 +35,10 @@ class Claim(Section):
     id: str
     says: str
     source: str
-    published: float | str | tuple[Bound, Bound]
+    published: float | str | tuple[float | None, float | None]
     """A number, words, or a range whose ends may be open."""
     form: str = "{:,g}"
-    """How a number was printed."""
+    """How a number was printed; of what a path leads to that is no number, how it is told."""
     finer: str | None = None
     """How ours is printed where it has more digits."""
     within: float | None = Field(None, gt=0)
@@ -46,6 +50,12 @@ class Claim(Section):
     test: str | None = None
     needs: str | None = None
     """What it would take."""
+    reads: str | None = None
+    """The path to our figure in the command's numbers or in the file."""
+    unit: float = 1
+    """What our figure is told in."""
+    ours: str | None = None
+    """Our figure, where it is words."""
     in_small: bool = False
     """Whether we look into less than the claim is about, or on another machine."""
     remark: str = ""
@@ -113,8 +123,7 @@ class Checked:
 
 def topics() -> Iterator[Topic]:
     """All claims. What a topic says of ``source``, ``how`` and the like holds for its claims."""
-    text = resources.files("whalefall.plan").joinpath("data", "claims.yaml").read_text("utf-8")
-    for topic in yaml.safe_load(text):
+    for topic in yaml.safe_load((DATA / "claims.yaml").read_text("utf-8")):
         own = {name: topic.pop(name) for name in ("title", "note", "claims") if name in topic}
         yield Topic.model_validate(own | {"claims": [topic | it for it in own["claims"]]})
 
@@ -132,16 +141,32 @@ def check(claim: Claim, results: Path = RESULTS) -> Checked:
     if claim.test is not None:  # which passes, or the suite would not
         return Checked(claim, claim.as_published, claim.test, _looked_into(claim, True))
     if claim.how is not None:
-        ours = computed(claim.id)
+        ours = _computed(claim)
         verdict = Verdict.COMPUTED if claim.agrees(ours) else Verdict.CONTRADICTED
         return Checked(claim, claim.write(ours), claim.how, verdict)
-    assert claim.measured is not None
-    file = results / claim.measured
     how = f"benchmarks/results/{claim.measured}"
+    file = results / str(claim.measured)
     if not file.is_file():
         return Checked(claim, "", f"{how} is missing", Verdict.UNTESTABLE)
-    ours = measured(claim.id, file)
+    ours = _measured(claim, file)
     return Checked(claim, claim.write(ours), how, _looked_into(claim, claim.agrees(ours)))
+
+
+def _computed(claim: Claim) -> Value:
+    if claim.ours is not None:
+        return claim.ours
+    if claim.reads is None:
+        return COMPUTED[claim.id]()
+    found = follow(answer_to(str(claim.how)), claim.reads)
+    return claim.form.format(**found) if isinstance(found, dict) else found / claim.unit
+
+
+def _measured(claim: Claim, file: Path) -> Value:
+    try:
+        result = json.loads(file.read_text())
+        return follow(result, claim.reads) if claim.reads else MEASURED[claim.id](result)
+    except (ValueError, LookupError, TypeError, StopIteration) as error:
+        raise UserError(f"{file} does not hold what {claim.id} reads: {error!r}") from None
 
 
 def _looked_into(claim: Claim, agrees: bool) -> Verdict:
@@ -149,3 +174,12 @@ def _looked_into(claim: Claim, agrees: bool) -> Verdict:
     if claim.in_small:
         return Verdict.IN_SMALL if agrees else Verdict.UNTESTABLE
     return Verdict.REPRODUCED if agrees else Verdict.CONTRADICTED
+
+
+def claims_report() -> Report:
+    """Every claim checked, against the results of measurements that are there."""
+    checked = [(topic, [check(it, RESULTS) for it in topic.claims]) for topic in topics()]
+    everything = [it for _, found in checked for it in found]
+    counts = Counter(it.verdict for it in everything)
+    numbers = {"claims": everything}
+    return report("claims", numbers, checked=checked, counts=counts, command=COMMAND)

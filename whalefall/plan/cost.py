@@ -7,9 +7,11 @@ a range with a source, or an assumption that says so.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
+from operator import add, mul, sub, truediv
 
 from whalefall.errors import UserError
-from whalefall.plan.hardware import Hardware
+from whalefall.plan.hardware import Hardware, load_hardware
 from whalefall.plan.network import dragonfly, multi_plane_tree, three_layer_tree
 from whalefall.plan.network_cost import UnitPrices
 
@@ -27,7 +29,7 @@ class Range:
     """What something is thought to be; ``low`` makes the programme cheap, ``high`` dear.
 
     Raises:
-        UserError: a number is below 0.
+        UserError: a number is below 0, or a divisor is 0.
     """
 
     low: float
@@ -36,8 +38,8 @@ class Range:
     source: str = "given"
 
     def __post_init__(self) -> None:
-        for value in (self.low, self.typical, self.high):
-            if not 0 <= value < float("inf"):
+        for value in self.values:
+            if not 0 <= value < inf:
                 raise UserError(f"{value:g} is no cost or count; it must not be below 0")
 
     @classmethod
@@ -48,26 +50,24 @@ class Range:
     def values(self) -> tuple[float, float, float]:
         return self.low, self.typical, self.high
 
-    def __add__(self, other: "Range") -> "Range":
-        return _joined(lambda a, b: a + b, self, other)
+    def __add__(self, other: "Range | float") -> "Range":
+        return self._with(add, other)
 
-    def less_one(self) -> "Range":
-        return Range(self.low - 1, self.typical - 1, self.high - 1, "computed")
+    def __sub__(self, other: "Range | float") -> "Range":
+        return self._with(sub, other)
 
     def __mul__(self, other: "Range | float") -> "Range":
-        other = other if isinstance(other, Range) else Range.of(other)
-        return _joined(lambda a, b: a * b, self, other)
+        return self._with(mul, other)
 
     def __truediv__(self, other: "Range | float") -> "Range":
-        other = other if isinstance(other, Range) else Range.of(other)
-        if not all(other.values):
+        if isinstance(other, Range) and not all(other.values):
             raise UserError("a lifetime and a share of use must be above 0")
-        return _joined(lambda a, b: a / b, self, other)
+        return self._with(truediv, other)
 
-
-def _joined(join: Callable[[float, float], float], one: Range, other: Range) -> Range:
-    low, typical, high = map(join, one.values, other.values)
-    return Range(low, typical, high, "computed")
+    def _with(self, join: Callable[[float, float], float], other: "Range | float") -> "Range":
+        others = other.values if isinstance(other, Range) else (other,) * 3
+        low, typical, high = map(join, self.values, others)
+        return Range(low, typical, high, "computed")
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,6 @@ class Assumptions:
     dollars_per_kw_month: Range = Range(100, 150, 200, "building and cooling, power apart: assumed")
 
 
-def assumptions_with(**given: float | None) -> Assumptions:
-    """The assumptions with some of them known; None leaves one as it is."""
-    known = {name: Range.of(value) for name, value in given.items() if value is not None}
-    return replace(Assumptions(), **known)
-
-
 @dataclass(frozen=True)
 class Programme:
     """A training run with everything around it. Costs are in dollars."""
@@ -116,11 +110,11 @@ class Programme:
         if self.gpus < 1:
             raise UserError(f"{self.gpus} GPUs; there must be at least 1")
         for name, hours in self.gpu_hours.items():
-            if not 0 < hours < float("inf"):
+            if not 0 < hours < inf:
                 raise UserError(f"{name} takes {hours:g} GPU hours; it must be above 0")
         if min(self.assumed.attempts.values) < 1:
             raise UserError("all compute over the final run's must be at least 1")
-        if not 0 <= self.rent < float("inf"):
+        if not 0 <= self.rent < inf:
             raise UserError(f"the rent is {self.rent:g} $ an hour; it must not be below 0")
 
     @property
@@ -138,9 +132,13 @@ class Programme:
         return self.rent * self.hours
 
     @property
+    def run_rented_by_phase(self) -> dict[str, float]:
+        return {phase: self.rent * hours for phase, hours in self.gpu_hours.items()}
+
+    @property
     def other_runs_rented(self) -> Range:
         """Experiments, ablations and failures before and around it."""
-        return self.assumed.attempts.less_one() * self.run_rented
+        return (self.assumed.attempts - 1) * self.run_rented
 
     @property
     def people(self) -> Range:
@@ -150,7 +148,7 @@ class Programme:
     @property
     def rented(self) -> Range:
         """The programme on rented GPUs."""
-        return self.other_runs_rented + Range.of(self.run_rented) + self.people
+        return self.other_runs_rented + self.run_rented + self.people
 
     @property
     def network_dollars(self) -> float:
@@ -162,7 +160,7 @@ class Programme:
     @property
     def purchase(self) -> Range:
         """Of all servers and their network."""
-        return (self.assumed.server_dollars + Range.of(self.network_dollars)) * self.gpus
+        return (self.assumed.server_dollars + self.network_dollars) * self.gpus
 
     @property
     def megawatt_hours(self) -> Range:
@@ -208,9 +206,40 @@ def official(hardware: Hardware) -> Programme:
     return Programme(OFFICIAL_HOURS, 2048, hardware, 2.0, Assumptions())
 
 
+def plan_programme(
+    gpu_hours: float | None = None,
+    gpus: int = 2048,
+    gpu: str = "h800",
+    rent: float | None = None,
+    **given: float | None,
+) -> Programme:
+    """DeepSeek-V3's programme, but for what is told.
+
+    Args:
+        gpu_hours: of the final run.
+        gpus: that it runs on.
+        rent: of a GPU hour; the machine's unless told.
+        given: what is known of ``Assumptions``; None leaves one as it is.
+
+    Raises:
+        UserError: a number that is not allowed, or the price of the machine is needed.
+    """
+    if given.get("server_dollars") is None and gpu.lower() not in ("h800", "h100", "h200"):
+        raise UserError(f"the price of a {gpu} server is not known here: give --gpu-price")
+    hardware = load_hardware(gpu)
+    known = {name: Range.of(value) for name, value in given.items() if value is not None}
+    return Programme(
+        OFFICIAL_HOURS if gpu_hours is None else {"final run": gpu_hours},
+        gpus,
+        hardware,
+        hardware.dollars_per_hour if rent is None else rent,
+        replace(Assumptions(), **known),
+    )
+
+
 @dataclass(frozen=True)
-class Comparison:
-    """Another network's final run at the same rent."""
+class FinalRun:
+    """A network's final run at a rent."""
 
     name: str
     gpu_hours: float
@@ -225,10 +254,14 @@ class Comparison:
     def hours_per_trillion_tokens(self) -> float:
         return self.gpu_hours / (self.tokens / 1e12)
 
+    @property
+    def times_v3(self) -> float:
+        return self.gpu_hours / sum(OFFICIAL_HOURS.values())
 
-def comparisons(rent: float) -> list[Comparison]:
+
+def comparisons(rent: float) -> list[FinalRun]:
     """V3's pre-training hours are 180 K a trillion tokens; all phases make 188 K."""
     return [
-        Comparison("DeepSeek-V3", sum(OFFICIAL_HOURS.values()), OFFICIAL_TOKENS, rent),
-        Comparison("LLaMA-3.1 405B", LLAMA_HOURS, LLAMA_TOKENS, rent),
+        FinalRun("DeepSeek-V3", sum(OFFICIAL_HOURS.values()), OFFICIAL_TOKENS, rent),
+        FinalRun("LLaMA-3.1 405B", LLAMA_HOURS, LLAMA_TOKENS, rent),
     ]

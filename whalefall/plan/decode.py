@@ -6,22 +6,16 @@ tokens travel while the other half of the batch computes, where that is faster t
 tokens are waited for ([A] 3.4.2, [B] 2.3).
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import ceil
 
-from whalefall.plan.kv import layer_bytes
-from whalefall.plan.layers import Dense, Experts, LatentAttention, Layer, Projection
-from whalefall.plan.layout import Layout
-from whalefall.plan.setting import Setting
-from whalefall.plan.traffic import both_ways, transfer_seconds
-from whalefall.plan.unit import Unit
-from whalefall.plan.units import FP8_TILES, WIDTH, Format
-from whalefall.plan.work import layer_work
-
-EXCHANGE_START = 20e-6
-"""Seconds of a low-latency dispatch or combine besides its bytes. Tuned: with it, 128 tokens of
-7168 take what DeepEP's README lists from 8 to 256 GPUs, within 15 %."""
+from whalefall.plan.architecture import Experts, LatentAttention, Layer, Projection
+from whalefall.plan.layout import Layout, Setting
+from whalefall.plan.traffic import both_ways
+from whalefall.plan.unit import EXCHANGE_START, Unit, layer_bytes
+from whalefall.plan.units import Format
+from whalefall.plan.work import KINDS, streams
 
 
 @dataclass(frozen=True)
@@ -54,62 +48,51 @@ class DecodeStep:
 
 def decode_step(unit: Unit, batch: int, context: float) -> DecodeStep:
     """The faster of one batch and two halves."""
-    found = [_step(unit, batch, context, 1)]
-    if batch > 1 and unit.gpus > 1 and unit.architecture.routed_experts:
-        found.append(_step(unit, batch, context, 2))
-    return min(found, key=lambda step: step.seconds)
+    can_halve = batch > 1 and unit.gpus > 1 and unit.architecture.experts
+    steps = [_step(unit, batch, context, pieces) for pieces in ((1, 2) if can_halve else (1,))]
+    return min(steps, key=lambda step: step.seconds)
 
 
 def _step(unit: Unit, batch: int, context: float, pieces: int) -> DecodeStep:
     network = unit.architecture
-    parts: dict[str, float] = {}
-    for run in network.runs:
-        work = _layer(unit, run.layer, batch / pieces, context)
-        experts = run.layer.feed_forward
-        if isinstance(experts, Experts):
-            exchange = exchange_seconds(unit, experts, batch / pieces)
+    parts: dict[str, float] = defaultdict(float)
+    for layer, count in network.runs:
+        work = _layer(unit, layer, batch / pieces, context)
+        if isinstance(layer.feed_forward, Experts):
+            exchange = exchange_seconds(unit, layer.feed_forward, batch / pieces)
             hidden = sum(work.values()) if pieces == 2 else 0.0
             work["exposed all-to-all"] = max(0.0, exchange - hidden)
         for part, seconds in work.items():
-            parts[part] = parts.get(part, 0.0) + pieces * run.count * seconds
-    parts["head"] = _products(unit, [network.head()], batch, unit.working)
+            parts[part] += pieces * count * seconds
+    parts["head"] = _products(unit, [network.head], batch, unit.format_of("head"))
     return DecodeStep(batch, context, pieces == 2, parts, unit.tp)
 
 
 def _layer(unit: Unit, layer: Layer, tokens: float, context: float) -> dict[str, float]:
     """Seconds of a layer by part, transfers between experts left out."""
-    hidden, feed_forward = unit.architecture.hidden, layer.feed_forward
-    projections = layer.attention.projections(hidden)
-    parts = {
-        "attention projections": _products(unit, projections, tokens),
-        "attention": _attention(unit, layer, tokens, context),
-        "memory-bound": _streams(unit, layer, tokens),
-    }
+    matrices = layer.matrices(unit.architecture.hidden)
+    projections = matrices.pop("attention").projections
+    parts: dict[str, float] = defaultdict(float)
+    parts["attention projections"] = _products(unit, projections, tokens, unit.weights)
+    parts["attention"] = _attention(unit, layer, tokens, context)
+    parts["memory-bound"] = _streams(unit, layer, tokens)
     if unit.tp > 1:
-        parts["tensor-parallel sums"] = all_reduce_seconds(unit, layer, tokens)
-    if isinstance(feed_forward, Dense):
-        return {
-            **parts,
-            "dense and shared": _products(unit, feed_forward.projections(hidden), tokens),
-        }
-    gate = _products(unit, [feed_forward.gate(hidden)], tokens, unit.working)
-    shared = _products(unit, feed_forward.shared_projections(hidden), tokens)
-    return {
-        **parts,
-        "dense and shared": gate + shared,
-        "routed experts": _experts(unit, feed_forward, tokens),
-    }
+        parts["tensor-parallel sums"] = unit.all_reduce_seconds(layer, tokens)
+    for part, it in matrices.items():
+        if isinstance(layer.feed_forward, Experts) and part == "routed_experts":
+            parts[KINDS[part]] = _experts(unit, layer.feed_forward, it.projections, tokens)
+        else:
+            parts[KINDS[part]] += _products(unit, it.projections, tokens, unit.format_of(part))
+    return parts
 
 
-def _products(
-    unit: Unit, projections: Iterable[Projection], rows: float, fmt: Format | None = None
-) -> float:
-    fmt = fmt or unit.weights
-    rate = unit.rate(fmt, unit.hardware.achieved.products[fmt].dense)
+def _products(unit: Unit, projections: Iterable[Projection], rows: float, fmt: Format) -> float:
+    hardware = unit.hardware
+    rate = hardware.rate(fmt, hardware.achieved.products[fmt].dense)
     return sum(
         max(
             rows * unit.share(it) * it.flops / rate,
-            unit.matrix_bytes([it], fmt) / unit.bandwidth,
+            unit.matrix_bytes([it], fmt) / hardware.bandwidth,
         )
         for it in projections
     )
@@ -118,35 +101,35 @@ def _products(
 def _attention(unit: Unit, layer: Layer, tokens: float, context: float) -> float:
     """MLA absorbed: all heads attend over the one latent ([A] 2.1.1), at 2 (576 + 512) FLOPs a
     head and cached token in V3."""
-    attention, kept = layer.attention, unit.cache.kept(context)
+    attention, hardware = layer.attention, unit.hardware
     if isinstance(attention, LatentAttention):
         width = attention.heads * (2 * attention.kv_rank + attention.rope)
     else:
         width = attention.qk_width + attention.v_width
-    flops = 2 * width / unit.tp
+    rate = hardware.rate(hardware.working, hardware.achieved.attention_forward)
     read = unit.cache_share * layer_bytes(attention, unit.cache.format)
-    rate = unit.rate(unit.working, unit.hardware.achieved.attention_forward)
-    return tokens * kept * max(flops / rate, read / unit.bandwidth)
+    seconds = max(2 * width / unit.tp / rate, read / hardware.bandwidth)
+    return tokens * unit.cache.kept(context) * seconds
 
 
 def _streams(unit: Unit, layer: Layer, tokens: float) -> float:
     """Norms, rotations, SwiGLU and rows on their way: as much a token as in training's forward."""
-    rows = ceil(tokens)
-    layout = Layout(products=unit.weights, micro_batch_rows=rows)
-    setting = Setting(unit.architecture, unit.hardware, layout, 1, rows)
-    return layer_work(layer, setting)["memory-bound"].forward * tokens / rows
+    layout = Layout(products=unit.weights)
+    setting = Setting(unit.architecture, unit.hardware, layout, sequence=1, batch_rows=1)
+    return streams(layer, setting).forward * tokens
 
 
-def _experts(unit: Unit, experts: Experts, tokens: float) -> float:
+def _experts(unit: Unit, experts: Experts, expert: list[Projection], tokens: float) -> float:
     """A GPU's experts with an even share of all tokens; those that no token meets are not read."""
-    expert = experts.expert(unit.architecture.hidden)
-    everyone = tokens * unit.replicas
+    hardware, everyone = unit.hardware, tokens * unit.gpus / unit.tp
     rows = everyone * experts.top_k / unit.gpus
     met = unit.slots(experts) * (1 - (1 - experts.top_k / experts.routed) ** everyone)
-    rate = unit.rate(unit.weights, unit.hardware.achieved.products[unit.weights].grouped)
+    rate = hardware.rate(unit.weights, hardware.achieved.products[unit.weights].grouped)
     arithmetic = rows * sum(it.flops for it in expert) / rate
-    read = met * unit.tp * unit.matrix_bytes(expert) / unit.bandwidth
-    return max(arithmetic, read)
+    return max(
+        arithmetic,
+        met * unit.tp * unit.matrix_bytes(expert, unit.weights) / hardware.bandwidth,
+    )
 
 
 def exchange_seconds(unit: Unit, experts: Experts, tokens: float) -> float:
@@ -154,26 +137,10 @@ def exchange_seconds(unit: Unit, experts: Experts, tokens: float) -> float:
     through the network card, within the node over NVLink, both at once."""
     if unit.gpus == 1:
         return 0.0
-    hardware, hidden = unit.hardware, unit.architecture.hidden
-    local = min(unit.gpus, hardware.gpus_per_node)
-    copies = tokens / unit.tp * experts.top_k
-    beside, elsewhere = copies * (local - 1) / unit.gpus, copies * (1 - local / unit.gpus)
-    numbers = beside * hidden, elsewhere * hidden
-    return both_ways(*numbers, exchange_widths(unit), hardware, EXCHANGE_START)
-
-
-def exchange_widths(unit: Unit) -> tuple[float, float]:
-    """Bytes of a number to the experts, in FP8 tiles where weights are, and back ([A] 3.4)."""
-    back = WIDTH[unit.working]
-    return (FP8_TILES if unit.weights == "fp8" else back), back
-
-
-def all_reduce_seconds(unit: Unit, layer: Layer, tokens: float) -> float:
-    """A sum over the group after attention, and one after a dense or shared feed-forward."""
-    sums = 1 if isinstance(layer.feed_forward, Experts) and not layer.feed_forward.shared else 2
-    width = exchange_widths(unit)[1]
-    size = 2 * (unit.tp - 1) / unit.tp * tokens * unit.architecture.hidden * width
-    return sums * transfer_seconds(size, unit.hardware.nvlink)
+    local = min(unit.gpus, unit.hardware.gpus_per_node)
+    numbers = tokens / unit.tp * experts.top_k * unit.architecture.hidden
+    beside, elsewhere = numbers * (local - 1) / unit.gpus, numbers * (1 - local / unit.gpus)
+    return both_ways(beside, elsewhere, unit.exchange_widths, unit.hardware, EXCHANGE_START)
 
 
 @dataclass(frozen=True)
@@ -212,11 +179,9 @@ def network_limit(unit: Unit, tokens: float = 32) -> NetworkLimit | None:
     """Of this network: its own width, layers with experts, and the slowest link that its GPUs
     need. None where no token leaves its GPU."""
     network, hardware = unit.architecture, unit.hardware
-    sparse = [layer for layer in network.layers() if isinstance(layer.feed_forward, Experts)]
-    if not sparse or unit.gpus == 1:
+    if not network.experts or unit.gpus == 1:
         return None
-    link = hardware.nic if unit.nodes > 1 else hardware.nvlink
-    top_k = max(it.feed_forward.top_k for it in sparse if isinstance(it.feed_forward, Experts))
-    return NetworkLimit(
-        link.gb_per_s, tokens, top_k, network.hidden, len(sparse), sum(exchange_widths(unit))
-    )
+    link = hardware.nic if unit.gpus > hardware.gpus_per_node else hardware.nvlink
+    top_k = max(it.top_k for it in network.experts)
+    widths = sum(unit.exchange_widths)
+    return NetworkLimit(link.gb_per_s, tokens, top_k, network.hidden, len(network.experts), widths)

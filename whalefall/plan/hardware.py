@@ -4,8 +4,6 @@ One YAML file a machine, under ``data/hardware``; each number there names its so
 machine is one more file of the same keys.
 """
 
-from difflib import get_close_matches
-from importlib import resources
 from pathlib import Path
 from typing import Self
 
@@ -15,7 +13,11 @@ from pydantic import Field, model_validator
 from whalefall.config.explain import validated
 from whalefall.config.model import Section
 from whalefall.errors import UserError
+from whalefall.plan.files import DATA, names_in, nearest_of
 from whalefall.plan.units import Format
+
+COMMUNICATING = 20
+"""Multiprocessors set aside for dispatch and combine for the whole step ([A] 3.2.2 and 3.5.1)."""
 
 
 class Link(Section):
@@ -27,6 +29,10 @@ class Link(Section):
     """What large transfers reach."""
     latency_us: float = Field(ge=0)
     """Of a small message, end to end."""
+
+    def seconds(self, size: float) -> float:
+        """Of a transfer of so many bytes."""
+        return 1e-6 * self.latency_us + size / (1e9 * self.achieved_gb_per_s)
 
 
 class ProductFractions(Section):
@@ -76,6 +82,33 @@ class Hardware(Section):
         """The widest product format for training besides FP8."""
         return "bf16" if "bf16" in self.peak_tflops else "fp32"
 
+    @property
+    def narrowest(self) -> Format:
+        """FP8 where there is."""
+        return "fp8" if "fp8" in self.peak_tflops else self.working
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second that fused memory-bound steps reach over hours."""
+        return 1e9 * self.memory_gb_per_s * self.achieved.memory * self.achieved.sustained
+
+    def rate(self, fmt: Format, fraction: float = 1.0) -> float:
+        """FLOPs a second at a fraction of a format's peak, over hours."""
+        return 1e12 * self.peak_tflops[fmt] * fraction * self.achieved.sustained
+
+    @property
+    def computing_share(self) -> float:
+        """Of the multiprocessors, what communication leaves for products and attention."""
+        return 1 - COMMUNICATING / self.multiprocessors if self.multiprocessors else 1.0
+
+    def check_format(self, fmt: Format) -> None:
+        """
+        Raises:
+            UserError: the machine has no products in it.
+        """
+        if fmt not in self.peak_tflops:
+            raise UserError(f"{self.name} has no {fmt}; it has {', '.join(self.peak_tflops)}")
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.peak_tflops.keys() != self.achieved.products.keys():
@@ -90,8 +123,7 @@ class Hardware(Section):
 
 def hardware_names() -> list[str]:
     """The machines that come with the package."""
-    files = resources.files("whalefall.plan").joinpath("data", "hardware").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files)
+    return names_in("hardware")
 
 
 def load_hardware(name_or_path: str | Path) -> Hardware:
@@ -100,22 +132,16 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
     Raises:
         UserError: no such machine or file, or a key or value that is not allowed.
     """
-    name = str(name_or_path)
-    names = hardware_names()
-    if name.lower() in names:
-        folder = resources.files("whalefall.plan").joinpath("data", "hardware")
-        text = folder.joinpath(f"{name.lower()}.yaml").read_text()
-    else:
-        try:
-            text = Path(name).read_text()
-        except OSError:
-            near = get_close_matches(name.lower(), names, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(
-                f"{name} is no known GPU and no YAML file; {hint}known are {', '.join(names)}"
-            ) from None
+    name, names = str(name_or_path), hardware_names()
+    is_known = name.lower() in names
+    file = DATA / "hardware" / f"{name.lower()}.yaml" if is_known else Path(name)
     try:
-        values = yaml.safe_load(text)
+        values = yaml.safe_load(file.read_text())
+    except OSError:
+        raise UserError(
+            f"{name} is no known GPU and no YAML file; {nearest_of(name.lower(), names)}known are "
+            f"{', '.join(names)}"
+        ) from None
     except yaml.YAMLError as error:
         raise UserError(f"{name} is no YAML: {error}".replace("\n", " ")) from None
     if not isinstance(values, dict):

@@ -7,14 +7,14 @@ one micro-batch. What the allocator wastes and the driver holds is left out.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from typing import NamedTuple
 
 from whalefall.parallel.schedule import Schedule, Work
-from whalefall.plan.setting import Setting
+from whalefall.plan.layout import Setting
 from whalefall.plan.stages import Stage
 from whalefall.plan.step import schedule_of, stages_of
 from whalefall.plan.traffic import exchange_buffers
-from whalefall.plan.units import FP8_BLOCKS, GIB
+from whalefall.plan.units import FP8_BLOCKS
 
 HEAD_LOGITS = 2**28
 """Logits alive at a time (``ops/cross_entropy.py``)."""
@@ -22,8 +22,7 @@ MOMENT = 2
 """Bytes of each of the two moments ([A] 3.3.3)."""
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Of one device, in bytes."""
 
     weights: float
@@ -39,49 +38,34 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(astuple(self))
-
-    def gib(self) -> dict[str, float]:
-        return {field.name: getattr(self, field.name) / GIB for field in fields(self)}
+        return sum(self)
 
 
 def memory_by_rank(stages: Sequence[Stage], setting: Setting) -> list[Memory]:
     """Of each rank of a pipeline, holding stages that ``cut`` made of the setting's network."""
     schedule = schedule_of(setting)
-    found = []
-    for rank in range(schedule.ranks):
-        held = stages_of(rank, schedule, stages)
-        if setting.micro_batches == 1:
-            moment = _single_pass(held, setting)
-        else:
-            gradients = 4.0 * sum(stage.held.total for stage in held)
-            activations = _most_live(rank, schedule, held)
-            moment = gradients, activations, max(_workspace(stage, setting) for stage in held)
-        found.append(_memory(held, setting, *moment))
-    return found
+    ranks = range(schedule.ranks)
+    return [_memory(rank, stages_of(rank, schedule, stages), schedule, setting) for rank in ranks]
 
 
-def _memory(
-    stages: Sequence[Stage],
-    setting: Setting,
-    gradients: float,
-    activations: float,
-    workspace: float,
-) -> Memory:
+def _memory(rank: int, stages: list[Stage], schedule: Schedule, setting: Setting) -> Memory:
     layout = setting.layout
+    if setting.micro_batches == 1:
+        gradients, activations, workspace = _single_pass(stages, setting)
+    else:
+        gradients = 4.0 * sum(stage.held.total for stage in stages)
+        activations = _most_live(rank, schedule, stages)
+        workspace = max(_workspace(stage, setting) for stage in stages)
     plain = sum(stage.held.plain for stage in stages)
     routed = sum(stage.held.routed for stage in stages)
-    shards = layout.dp * layout.copies if layout.zero else 1
-    routed_shards = max(1, shards // layout.ep)
-    state = plain / shards + routed / routed_shards
-    is_fp8 = layout.products == "fp8"
-    projections = sum(stage.held.projections for stage in stages)
+    state = plain / layout.shards + routed / max(1, layout.shards // layout.ep)
+    projections = sum(stage.held.projections for stage in stages) if layout.is_fp8 else 0
     hops = 4 * setting.tokens * setting.architecture.hidden * layout.bytes if layout.pp > 1 else 0
     exchanges = [exchange_buffers(layer, setting) for stage in stages for layer in stage.layers]
     return Memory(
         weights=layout.bytes * (plain + routed),
-        fp8_weights=2 * FP8_BLOCKS * projections if is_fp8 else 0.0,
-        masters=2 * state if layout.masters and layout.bytes == 2 else 0.0,
+        fp8_weights=2 * FP8_BLOCKS * projections,
+        masters=layout.remainder_bytes * state,
         moments=2 * MOMENT * state,
         gradients=gradients,
         activations=activations,
@@ -124,8 +108,7 @@ def _head(stage: Stage, setting: Setting) -> float:
     network, width = setting.architecture, setting.layout.bytes
     tokens = setting.tokens * (1 + network.mtp_depth)
     rows = min(tokens, max(1, HEAD_LOGITS // network.vocab))
-    summed = 4 if rows < tokens else width
-    head = summed * network.head().parameters
+    head = (4 if rows < tokens else width) * network.head.parameters
     return head + width * (rows * network.vocab + 2 * tokens * network.hidden)
 
 
@@ -136,12 +119,11 @@ def _single_pass(stages: Sequence[Stage], setting: Setting) -> tuple[float, floa
     of the layers.
     """
     recompute, width = setting.layout.recompute, setting.layout.bytes
-    gradients = 0.0
-    live = sum(stage.kept_bytes for stage in stages)
+    gradients, live = 0.0, sum(stage.kept_bytes for stage in stages)
     moments = [(gradients, live, max(_head(stage, setting) for stage in stages))]
     for stage in reversed(stages):
         if stage.is_last:
-            gradients += width * setting.architecture.head().parameters
+            gradients += width * setting.architecture.head.parameters
         for kept, count in zip(reversed(stage.kept), reversed(stage.layer_counts), strict=True):
             moments.append((gradients, live, kept.workspace_under(recompute)))
             live -= kept.under(recompute)

@@ -1,8 +1,6 @@
 """Reading architectures: presets, the planner's own models, and Hugging Face ``config.json``."""
 
 import json
-from difflib import get_close_matches
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,21 @@ from pydantic import BaseModel, ConfigDict, Field
 from whalefall.config import ModelConfig, load_config, preset_names
 from whalefall.config.explain import validated
 from whalefall.errors import UserError
-from whalefall.plan.architecture import Architecture, Run
-from whalefall.plan.layers import Dense, Experts, GroupedAttention, LatentAttention, Layer
+from whalefall.plan.architecture import (
+    Architecture,
+    Dense,
+    Experts,
+    GroupedAttention,
+    LatentAttention,
+    Layer,
+    Run,
+)
+from whalefall.plan.files import DATA, names_in, nearest_of
 
 
 def model_names() -> list[str]:
     """What can be planned by name: the presets, and models that only the planner knows."""
-    files = resources.files("whalefall.plan").joinpath("data", "models").iterdir()
-    return sorted({*preset_names(), *(file.name.removesuffix(".json") for file in files)})
+    return sorted({*preset_names(), *names_in("models")})
 
 
 def architecture_of(name_or_path: str | Path) -> Architecture:
@@ -30,23 +35,19 @@ def architecture_of(name_or_path: str | Path) -> Architecture:
     """
     name, path = str(name_or_path), Path(name_or_path)
     if name in preset_names():
-        return of_config(load_config(name).model, name)
-    if name in model_names():
-        text = (
-            resources.files("whalefall.plan").joinpath("data", "models", f"{name}.json").read_text()
-        )
-        return _of_hf(json.loads(text), name)
+        return _of_config(load_config(name).model, name)
+    if name in names_in("models"):
+        return _of_hf(json.loads((DATA / "models" / f"{name}.json").read_text()), name)
     if path.suffix in (".yaml", ".yml"):
-        return of_config(load_config(path).model, path.stem)
+        return _of_config(load_config(path).model, path.stem)
     file = path / "config.json" if path.is_dir() else path
     try:
         raw = json.loads(file.read_text())
     except FileNotFoundError:
-        near = get_close_matches(name, model_names(), n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        names = model_names()
         raise UserError(
-            f"{name} is no model, YAML file or folder with a config.json; {hint}the models are "
-            f"{', '.join(model_names())}"
+            f"{name} is no model, YAML file or folder with a config.json; "
+            f"{nearest_of(name, names)}the models are {', '.join(names)}"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read as JSON: {error}") from None
@@ -55,7 +56,7 @@ def architecture_of(name_or_path: str | Path) -> Architecture:
     return _of_hf(raw, path.parent.name if path.name == "config.json" else path.stem)
 
 
-def of_config(config: ModelConfig, name: str) -> Architecture:
+def _of_config(config: ModelConfig, name: str) -> Architecture:
     """The network of a DeepSeek-V3 style configuration."""
     attention = LatentAttention(
         heads=config.num_attention_heads,
@@ -83,7 +84,7 @@ def of_config(config: ModelConfig, name: str) -> Architecture:
         name=name,
         vocab=config.vocab_size,
         hidden=config.hidden_size,
-        runs=tuple(run for run in runs if run.count),
+        runs=tuple(run for run in runs if run.length),
         mtp_depth=config.num_nextn_predict_layers,
     )
 
@@ -109,16 +110,13 @@ def _of_hf(raw: dict[str, Any], name: str) -> Architecture:
     if "kv_lora_rank" in raw:
         # How scores are made decides which experts a token meets, and nothing that is counted.
         router = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-        return of_config(ModelConfig.from_hf({**raw, **router}), name)
+        return _of_config(ModelConfig.from_hf({**raw, **router}), name)
     if experts := next((key for key in raw if "experts" in key), None):
         raise UserError(
             f"{name} has {experts} but no kv_lora_rank: of networks with experts, those of "
             "DeepSeek's class can be planned"
         )
-    return _dense(validated(_DenseConfig, raw), name)
-
-
-def _dense(config: _DenseConfig, name: str) -> Architecture:
+    config = validated(_DenseConfig, raw)
     is_qwen2 = config.model_type == "qwen2"
     has_bias = is_qwen2 if config.attention_bias is None else config.attention_bias
     attention = GroupedAttention(
@@ -129,11 +127,10 @@ def _dense(config: _DenseConfig, name: str) -> Architecture:
         output_bias=has_bias and not is_qwen2,
         qk_norm=config.model_type == "qwen3",
     )
-    layer = Layer(attention, Dense(config.intermediate_size))
     return Architecture(
         name=name,
         vocab=config.vocab_size,
         hidden=config.hidden_size,
-        runs=(Run(layer, config.num_hidden_layers),),
+        runs=(Run(Layer(attention, Dense(config.intermediate_size)), config.num_hidden_layers),),
         tied=config.tie_word_embeddings,
     )

@@ -4,7 +4,7 @@ Sizes follow from each construction; [B] table 3 lists one instance of each. Lin
 switches; the cables of endpoints are counted apart.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -42,10 +42,10 @@ class Topology:
     """Whether seven of eight ways need a hop over NVLink: to another plane ([B] 5.1)."""
 
 
-def two_layer_tree(endpoints: int, ports: int = PORTS) -> Topology:
+def two_layer_tree(endpoints: int) -> Topology:
     """FT2: half of a leaf's ports down, half up, evenly to all spines. At most ports^2 / 2."""
-    half = ports // 2
-    _fits("ft2", endpoints, ports * half)
+    half = PORTS // 2
+    _fits("ft2", endpoints, PORTS * half)
     leaves = max(2, ceil(endpoints / half))
     spines = _spines(leaves, half)
     return Topology(
@@ -59,10 +59,10 @@ def two_layer_tree(endpoints: int, ports: int = PORTS) -> Topology:
     )
 
 
-def multi_plane_tree(endpoints: int, ports: int = PORTS) -> Topology:
+def multi_plane_tree(endpoints: int) -> Topology:
     """MPFT: eight two-layer trees, and of a node's eight cards one in each ([B] 5.1)."""
-    _fits("mpft", endpoints, PLANES * ports * ports // 2)
-    plane = two_layer_tree(ceil(endpoints / PLANES), ports)
+    _fits("mpft", endpoints, PLANES * PORTS * PORTS // 2)
+    plane = two_layer_tree(ceil(endpoints / PLANES))
     return replace(
         plane,
         name="mpft",
@@ -75,11 +75,11 @@ def multi_plane_tree(endpoints: int, ports: int = PORTS) -> Topology:
     )
 
 
-def three_layer_tree(endpoints: int, ports: int = PORTS) -> Topology:
+def three_layer_tree(endpoints: int) -> Topology:
     """FT3: pods of ports/2 leaves and as many spines, each spine evenly to its share of the cores.
     At most ports^3 / 4 (Al-Fares et al., SIGCOMM 2008)."""
-    half = ports // 2
-    _fits("ft3", endpoints, ports * half * half)
+    half = PORTS // 2
+    _fits("ft3", endpoints, PORTS * half * half)
     pods = max(2, ceil(endpoints / half**2))
     cores = half * _spines(pods, half)
     return Topology(
@@ -87,7 +87,7 @@ def three_layer_tree(endpoints: int, ports: int = PORTS) -> Topology:
         design=f"{pods} pods, {cores} cores",
         capacity=pods * half**2,
         endpoints=endpoints,
-        switches=pods * ports + cores,
+        switches=pods * PORTS + cores,
         links=2 * pods * half**2,
         farthest=5,
     )
@@ -99,30 +99,21 @@ def _spines(below: int, uplinks: int) -> int:
     return next(count for count in enough if uplinks % count == 0)
 
 
-def slim_fly(endpoints: int, ports: int = PORTS) -> Topology:
+def slim_fly(endpoints: int) -> Topology:
     """The smallest Slim Fly that holds so many: fewest switches, then fewest links.
 
     Its graphs exist for prime powers q; where ports allow, links are doubled, so that switches
     are used up.
     """
-    every = list(_slim_flies(ports))
+    graphs = [q for q in range(3, PORTS) if q % 4 != 2 and _is_prime_power(q)]
+    every = [it for q in graphs for width in range(1, PORTS) if (it := slim_fly_of(q, width))]
     _fits("slim-fly", endpoints, max(it.capacity for it in every))
     large_enough = (it for it in every if it.capacity >= endpoints)
     smallest = min(large_enough, key=lambda it: (it.switches, it.links))
     return replace(smallest, endpoints=endpoints)
 
 
-def _slim_flies(ports: int) -> Iterator[Topology]:
-    for q in range(3, ports):
-        if q % 4 == 2 or not _is_prime_power(q):
-            continue
-        width = 1
-        while (it := slim_fly_of(q, width, ports)) is not None:
-            yield it
-            width += 1
-
-
-def slim_fly_of(q: int, width: int = 1, ports: int = PORTS) -> Topology | None:
+def slim_fly_of(q: int, width: int = 1) -> Topology | None:
     """2 q^2 switches with (3 q - d) / 2 neighbours each, q = 4 w + d and d of -1, 0, 1, at a
     distance of at most 2; half as many endpoints as neighbours (Besta and Hoefler, SC 2014).
 
@@ -132,7 +123,7 @@ def slim_fly_of(q: int, width: int = 1, ports: int = PORTS) -> Topology | None:
     delta = (q + 1) % 4 - 1
     neighbours = (3 * q - delta) // 2
     channels = width * neighbours
-    attached = min(ceil(channels / 2), ports - channels)
+    attached = min(ceil(channels / 2), PORTS - channels)
     if attached < channels / 4:
         return None
     switches = 2 * q * q
@@ -157,11 +148,11 @@ def _is_prime_power(q: int) -> bool:
     return q == 1
 
 
-def dragonfly(endpoints: int, ports: int = PORTS) -> Topology:
+def dragonfly(endpoints: int) -> Topology:
     """A quarter of a switch's ports for endpoints and for other groups, the rest for the 31 others
     of its group; as few groups as needed, all ports to other groups wired. At most
     a p (a h + 1) = 262,656; [B] table 3 has 511 of the 513 groups (Kim et al., ISCA 2008)."""
-    attached = far = ports // 4
+    attached = far = PORTS // 4
     size = 2 * far
     _fits("dragonfly", endpoints, size * attached * (size * far + 1))
     groups = ceil(endpoints / (size * attached))

@@ -1,6 +1,7 @@
 """What a network costs, and how long messages and an all-to-all take on it."""
 
 from dataclasses import dataclass
+from math import inf
 
 from whalefall.errors import UserError
 from whalefall.plan.hardware import Link
@@ -27,7 +28,7 @@ class UnitPrices:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not 0 <= value < float("inf"):
+            if not 0 <= value < inf:
                 raise UserError(f"the price {name} is {value:g}; it must not be below 0")
 
     def parts(self, it: Topology) -> dict[str, float]:
@@ -111,6 +112,8 @@ class NetworkPlan:
 class Comparison:
     """Networks for so many endpoints, or the published ones."""
 
+    endpoints: int | None
+    """What was asked for; None for the instances of [B] table 3."""
     plans: list[NetworkPlan]
     too_small: dict[str, str]
     """Why a topology is not among them."""
@@ -135,7 +138,7 @@ def compare_networks(
     """
     if endpoints is not None and endpoints < 1:
         raise UserError(f"{endpoints} endpoints; there must be at least 1")
-    if not 0 < size < float("inf"):
+    if not 0 < size < inf:
         raise UserError(f"each endpoint sends {size:g} bytes; it must be more than 0")
     too_small: dict[str, str] = {}
     found = published_table() if endpoints is None else []
@@ -146,6 +149,5 @@ def compare_networks(
             too_small[name] = str(error)
     if not found:
         raise UserError(too_small["dragonfly"])
-    prices = prices or UnitPrices()
-    plans = [NetworkPlan(it, prices, latencies, card, size) for it in found]
-    return Comparison(plans, too_small)
+    plans = [NetworkPlan(it, prices or UnitPrices(), latencies, card, size) for it in found]
+    return Comparison(endpoints, plans, too_small)

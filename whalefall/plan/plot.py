@@ -43,9 +43,10 @@ def curve(line: Points, *, x: str, y: str, marked: Points = ()) -> str:
 
 def bars(rows: Mapping[str, Mapping[str, float]], *, unit: str) -> str:
     """A bar a row, made of named parts that lie side by side, with its sum beside it."""
+    rows = {row: {k: it for k, it in parts.items() if it} for row, parts in rows.items()}
     names = list(dict.fromkeys(name for parts in rows.values() for name in parts))
-    most = max(sum(parts.values()) for parts in rows.values())
-    left = min(190.0, _LETTER * max(map(len, rows)) + 12)
+    most = max((sum(parts.values()) for parts in rows.values()), default=1)
+    left = min(190.0, _LETTER * max(map(len, rows), default=0) + 12)
     scale = (_WIDTH - left - 92) / most
     legend = _legend(names, 12) if len(names) > 1 else []
     top = 24 + 18 * _legend_rows(names) if legend else 12

@@ -4,15 +4,14 @@ A device reads many prompts at once, so that arithmetic is what counts: a layer'
 training does it, with attention reaching back into what an earlier request left in the cache.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 from whalefall.errors import UserError
-from whalefall.plan.decode import EXCHANGE_START, all_reduce_seconds, exchange_widths
-from whalefall.plan.layers import Experts, Layer
-from whalefall.plan.layout import Layout
-from whalefall.plan.setting import COMMUNICATING, Setting
+from whalefall.plan.architecture import Experts, Layer
+from whalefall.plan.layout import Layout, Setting
 from whalefall.plan.traffic import both_ways, sent_to
-from whalefall.plan.unit import Unit
+from whalefall.plan.unit import EXCHANGE_START, Unit
 from whalefall.plan.work import layer_work
 
 CHUNK = 8192
@@ -59,11 +58,10 @@ def prefill(unit: Unit, prompt: float, hit_rate: float = 0.0) -> Prefill:
         raise UserError(f"the cache hit rate is {hit_rate:g}; it must be at least 0 and below 1")
     if prompt < 1:
         raise UserError(f"a prompt has {prompt:g} tokens; it must have at least 1")
-    parts: dict[str, float] = {}
-    for run in unit.architecture.runs:
-        work = _layer(unit, run.layer, prompt, hit_rate)
-        for part, seconds in work.items():
-            parts[part] = parts.get(part, 0.0) + run.count * seconds
+    parts: dict[str, float] = defaultdict(float)
+    for layer, count in unit.architecture.runs:
+        for part, seconds in _layer(unit, layer, prompt, hit_rate).items():
+            parts[part] += count * seconds
     return Prefill(prompt, hit_rate, parts, unit.tp)
 
 
@@ -77,11 +75,10 @@ def _layer(unit: Unit, layer: Layer, prompt: float, hit_rate: float) -> dict[str
     seen = hit_rate * prompt + computed / 2
     parts["attention"] *= unit.cache.kept(seen) / (computed / 2)
     if unit.tp > 1:
-        parts["tensor-parallel sums"] = all_reduce_seconds(unit, layer, CHUNK) / CHUNK
+        parts["tensor-parallel sums"] = unit.all_reduce_seconds(layer, CHUNK) / CHUNK
     if isinstance(layer.feed_forward, Experts) and unit.gpus > 1:
-        if unit.hardware.multiprocessors:
-            computing = 1 - COMMUNICATING / unit.hardware.multiprocessors
-            parts = {part: seconds / computing for part, seconds in parts.items()}
+        share = unit.hardware.computing_share
+        parts = {part: seconds / share for part, seconds in parts.items()}
         exchange = _exchange_seconds(unit, layer.feed_forward, CHUNK) / CHUNK
         parts["exposed all-to-all"] = max(0.0, exchange - sum(parts.values()))
     return parts
@@ -89,7 +86,6 @@ def _layer(unit: Unit, layer: Layer, prompt: float, hit_rate: float) -> dict[str
 
 def _exchange_seconds(unit: Unit, experts: Experts, tokens: float) -> float:
     """Dispatch and combine of a group's tokens."""
-    beside, elsewhere = sent_to(experts, unit.gpus, unit.hardware)
     numbers = tokens / unit.tp * unit.architecture.hidden
-    widths = exchange_widths(unit)
-    return both_ways(beside * numbers, elsewhere * numbers, widths, unit.hardware, EXCHANGE_START)
+    beside, elsewhere = (numbers * it for it in sent_to(experts, unit.gpus, unit.hardware))
+    return both_ways(beside, elsewhere, unit.exchange_widths, unit.hardware, EXCHANGE_START)

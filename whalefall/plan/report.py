@@ -1,7 +1,7 @@
-"""A plan's answer for people: on a terminal, as JSON, or as one web page that needs nothing else.
+"""A plan's answer: on a terminal, as JSON, or as one web page that needs nothing else.
 
-A ``Report`` is sections of headline facts, notes, tables and plots, and beside them the numbers
-themselves. Whoever makes one says nothing of how it looks.
+What people read is written once, as a Markdown template in ``reports/``: a title, headline facts,
+and sections of notes, tables and plots. Programs get the numbers.
 """
 
 import json
@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jinja2
 from pydantic import BaseModel
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -20,7 +21,11 @@ from rich.text import Text
 
 from whalefall.errors import UserError
 from whalefall.page import Fact, Plot, render
-from whalefall.plan.assumptions import Assumption
+from whalefall.plan.plot import short
+from whalefall.plan.units import GIB
+
+ASSUMED = "Assumed (* tuned)"
+"""The section whose table JSON has too."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Report:
     sections: Sequence[Section]
     numbers: Mapping[str, Any] = field(default_factory=dict)
     """Everything that the plan says, for JSON; units are in the names."""
+    markdown: str = ""
 
     def to_terminal(self) -> RenderableType:
         shown = [it for it in self.sections if any(not isinstance(x, Plot) for x in it.items)]
@@ -75,10 +81,90 @@ class Report:
 
     def to_html(self) -> str:
         values = {"title": self.title, "facts": self.facts, "sections": self.sections}
-        return render("plan/report.html.j2", **values)
+        return render("plan/reports/report.html.j2", **values)
 
-    def write_html(self, path: Path) -> None:
-        write(path, self.to_html())
+
+def report(
+    name: str, numbers: Mapping[str, Any], plots: Mapping[str, str] | None = None, **values: Any
+) -> Report:
+    """What ``reports/NAME.md.j2`` says of some values.
+
+    Args:
+        plots: drawings (SVG) by the names that the template calls them.
+    """
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("whalefall.plan", "reports"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.globals["GIB"] = GIB
+    templates.filters |= {"f": _figure, "short": short, "code": _code}
+    markdown = templates.get_template(f"{name}.md.j2").render(values).strip() + "\n"
+    title, facts, sections = _read(markdown, plots or {})
+    if assumed := [it for it in sections if it.title == ASSUMED]:
+        (table,) = assumed[0].items
+        assert isinstance(table, Table)
+        keys = ("tuned", "text", "source")
+        rows = [(what[:2] == "* ", what.removeprefix("* "), why) for what, why in table.rows]
+        numbers = {**numbers, "assumptions": [dict(zip(keys, row, strict=True)) for row in rows]}
+    return Report(title, facts, sections, numbers, markdown)
+
+
+def _figure(value: float, spec: str = "", unit: float = 1) -> str:
+    """A number in a unit: ``{{ dollars | f(",.2f", 1e6) }} M$``."""
+    return format(value if unit == 1 else value / unit, spec)
+
+
+def _code(text: str) -> str:
+    """Commands and files as such."""
+    return re.sub(
+        r"whalefall plan [^|]*\b|(whalefall|tests|benchmarks)/[\w/.:-]+\b", r"`\g<0>`", text
+    )
+
+
+def _read(markdown: str, plots: Mapping[str, str]) -> tuple[str, list[Fact], list[Section]]:
+    """Blocks of Markdown, between empty lines, as the parts of a report."""
+    title, heading = "", ""
+    facts: list[Fact] = []
+    sections: list[tuple[str, list[Note | Table | Plot]]] = []
+    for block in filter(None, re.split(r"\n\s*\n", markdown.strip())):
+        lines = block.replace("`", "").strip().split("\n")
+        mark, _, text = lines[0].partition(" ")
+        match mark:
+            case "#":
+                title = text
+            case "##":
+                sections.append((text, []))
+            case "###":
+                heading = text
+            case "-" if not sections:
+                facts += [_fact_of(line) for line in lines]
+            case "|":
+                sections[-1][1].append(_table_of(lines, heading))
+                heading = ""
+            case _ if image := re.fullmatch(r'!\[(.*)\]\((.*?)( "wide")?\)', lines[0]):
+                summary, name, wide = image.groups()
+                sections[-1][1].append(Plot(heading, plots[name], summary, wide is not None))
+                heading = ""
+            case _:
+                sections[-1][1].append(Note(" ".join(lines)))
+    return title, facts, [Section(*it) for it in sections]
+
+
+def _fact_of(line: str) -> Fact:
+    found = re.fullmatch(r"- \*\*(.+?)\*\* (.+?)(?: \((.+)\))?", line)
+    assert found is not None, line
+    value, label, note = found.groups(default="")
+    return Fact(value, label, note)
+
+
+def _table_of(lines: Sequence[str], title: str) -> Table:
+    """Rows whose first cell is bold are the strong ones."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    columns, rows = cells[0], cells[2:]
+    strong = [index for index, row in enumerate(rows) if row[0].startswith("**")]
+    return Table(columns, [[row[0].replace("**", ""), *row[1:]] for row in rows], title, strong)
 
 
 def write(path: Path, text: str) -> None:
@@ -92,15 +178,14 @@ def write(path: Path, text: str) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def assumed(found: Sequence[Assumption]) -> Section:
-    rows = [("* " * it.tuned + it.text, it.source) for it in found]
-    return Section("Assumed (* tuned)", [Table(("what", "source"), rows)])
+def pick(value: object, *names: str) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in names}
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as mappings of their fields and of what they work out, all the way down."""
-    if is_dataclass(value) and not isinstance(value, type):
-        names = [it.name for it in fields(value)]
+    """Records as mappings of their fields and of what they work out, all the way down."""
+    if (is_dataclass(value) and not isinstance(value, type)) or hasattr(value, "_fields"):
+        names = [it.name for it in fields(value)] if is_dataclass(value) else list(value._fields)
         names += [
             name
             for name, member in vars(type(value)).items()

@@ -3,7 +3,7 @@
 from math import floor, log10
 
 from whalefall.parallel.schedule import Pass, ScheduleKind, Work, peak_activations
-from whalefall.plan.bubble import TimedStep, Timeline
+from whalefall.plan.schedules import TimedStep, Timeline
 
 _NAMES = {
     ScheduleKind.ONE_F_ONE_B: "1F1B",

@@ -1,4 +1,5 @@
-"""The question that ``whalefall plan serve MODEL`` answers, and its answer."""
+"""The question that ``whalefall plan serve MODEL`` answers: units that decode and that read
+prompts, how fast they are, and a day's income and cost."""
 
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -10,11 +11,9 @@ from math import inf
 from whalefall.errors import UserError
 from whalefall.plan.decode import DecodeStep, NetworkLimit, decode_step, network_limit
 from whalefall.plan.hardware import load_hardware
-from whalefall.plan.income import Day, Prices, Traffic
-from whalefall.plan.kv import Cache
 from whalefall.plan.models import architecture_of
 from whalefall.plan.prefill import Prefill, prefill
-from whalefall.plan.unit import Unit, fewest_redundant
+from whalefall.plan.unit import Cache, Unit, fewest_redundant
 from whalefall.plan.units import DAY, GIB, Format
 
 MEAN_CONTEXT = 4989
@@ -23,6 +22,84 @@ SLOWEST = 0.05
 """Seconds a token that users were given in DeepSeek's production: 20 to 22 tokens a second."""
 CONTEXTS = (1024, 4096, 8192, 32768, 131072)
 MOST_GPUS = 4096
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Dollars for 10^6 tokens; the defaults are DeepSeek-R1's (open-infra-index, day 6)."""
+
+    hit: float = 0.14
+    """Of input that is in the cache."""
+    miss: float = 0.55
+    """Of input that is not."""
+    output: float = 2.19
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "price")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Tokens of a day; the defaults are DeepSeek's of 27 to 28 February 2025 (open-infra-index,
+    day 6: 608 B in, 342 B or 56.3 % of them from the cache, 168 B out)."""
+
+    input_tokens: float = 608e9
+    output_tokens: float = 168e9
+    hit_rate: float = 0.563
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "count")
+        if self.hit_rate >= 1:
+            raise UserError(f"the cache hit rate is {self.hit_rate:g}; it must be below 1")
+        if not self.input_tokens or not self.output_tokens:
+            raise UserError("a day of serving needs input and output tokens")
+
+    @property
+    def computed_tokens(self) -> float:
+        """Input that the cache does not have."""
+        return (1 - self.hit_rate) * self.input_tokens
+
+    def prompt_of(self, context: float) -> float:
+        """Mean prompt that goes with a mean length while decoding: a prompt and half an answer."""
+        return context / (1 + self.output_tokens / self.input_tokens / 2)
+
+
+def _not_negative(values: Prices | Traffic, what: str) -> None:
+    for name, value in vars(values).items():
+        if not 0 <= value < inf:
+            raise UserError(f"the {what} {name} is {value:g}; it must not be below 0")
+
+
+@dataclass(frozen=True)
+class Day:
+    """GPUs that serve a day's traffic, paid by the hour; the defaults are DeepSeek's 226.75 nodes.
+
+    These cost 87,072 $ and took in, at R1's prices, 562,027 $: a margin of 545 % (open-infra-index,
+    day 6; the rounded token counts that are published give 561,975).
+    """
+
+    traffic: Traffic = Traffic()
+    prices: Prices = Prices()
+    gpus: float = 8 * 226.75
+    """On average."""
+    dollars_per_hour: float = 2.0
+    """Of a GPU."""
+
+    @property
+    def income(self) -> float:
+        traffic, prices = self.traffic, self.prices
+        hits = traffic.hit_rate * traffic.input_tokens
+        dollars = prices.hit * hits + prices.miss * traffic.computed_tokens
+        return (dollars + prices.output * traffic.output_tokens) / 1e6
+
+    @property
+    def cost(self) -> float:
+        return 24 * self.gpus * self.dollars_per_hour
+
+    @property
+    def margin(self) -> float:
+        """What is left of the income, as a multiple of the cost."""
+        return (self.income - self.cost) / self.cost
 
 
 @dataclass(frozen=True)
@@ -130,11 +207,12 @@ def plan_serving(
             raise UserError(f"{name} is {value}; it must be at least 1")
     if not 0 < slowest < inf:
         raise UserError(f"the slowest token takes {slowest:g} s; it must be above 0")
-    architecture, hardware = architecture_of(model), load_hardware(gpu)
-    kept = Cache(architecture, cache or hardware.working, window)
-    fmt = weights or ("fp8" if "fp8" in hardware.peak_tflops else hardware.working)
-    unit = _resized(Unit(architecture, hardware, kept, fmt), gpus or tp or 1, tp or 1)
-    unit = _first_that_fits(unit, gpus, tp, batch or 1, context)
+    network, hardware = architecture_of(model), load_hardware(gpu)
+    kept = Cache(network, cache or hardware.working, window)
+    smallest = Unit(network, hardware, kept, weights or hardware.narrowest)
+    smallest = _resized(smallest, gpus or tp or 1, tp or 1)
+    fitting = (it for it in _units(smallest, gpus, tp) if not it.missing(batch or 1, context))
+    unit = next(fitting, smallest)
     if redundant is not None:
         unit = replace(unit, redundant=redundant)
     reading = _resized(unit, prefill_gpus or unit.gpus, unit.tp)
@@ -162,14 +240,6 @@ def _resized(unit: Unit, gpus: int, tp: int) -> Unit:
     return replace(unit, gpus=gpus, tp=tp, redundant=redundant)
 
 
-def _first_that_fits(
-    unit: Unit, gpus: int | None, tp: int | None, batch: int, context: int
-) -> Unit:
-    """Of ``_units``, the first that holds so many sequences a group; where none does, this one."""
-    found = (it for it in _units(unit, gpus, tp) if not it.missing(batch, context))
-    return next(found, unit)
-
-
 def _units(unit: Unit, gpus: int | None, tp: int | None) -> Iterator[Unit]:
     """Of so many GPUs, or of ever more, in groups of so many, or of ever more."""
     count = unit.gpus
@@ -191,11 +261,11 @@ def _check(unit: Unit, batch: int, context: int) -> None:
     missing = unit.missing(batch, context) / GIB
     if not missing:
         return
-    name = unit.architecture.name
-    need = sum(unit.weight_bytes().values()) / GIB + batch * unit.sequence_bytes(context) / GIB
+    need = unit.usable / GIB + missing
     text = (
-        f"{name} does not fit on {unit.gpus} x {unit.hardware.name}: with {batch:,} of {context:,} "
-        f"tokens a GPU needs {need:.1f} GiB, {missing:.1f} GiB more than can be used; "
+        f"{unit.architecture.name} does not fit on {unit.gpus} x {unit.hardware.name}: with "
+        f"{batch:,} of {context:,} tokens a GPU needs {need:.1f} GiB, {missing:.1f} GiB more than "
+        "can be used; "
     )
     if most := unit.most_sequences(context):
         raise UserError(f"{text}{most:,} such sequences fit")

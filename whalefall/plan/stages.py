@@ -2,21 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from whalefall.plan.activations import Kept, deferred_by, kept_by
-from whalefall.plan.layers import Layer, layer_parameters
-from whalefall.plan.setting import Setting
+from whalefall.plan.architecture import Layer
+from whalefall.plan.layout import Setting
 from whalefall.plan.traffic import exchange_seconds
-from whalefall.plan.work import (
-    Passes,
-    Work,
-    added,
-    head_work,
-    layer_work,
-    mtp_work,
-    sum_of,
-    times,
-)
+from whalefall.plan.work import Passes, Work, added, head_work, layer_work, mtp_work, sum_of, times
 
 
 @dataclass(frozen=True)
@@ -39,8 +31,8 @@ class Stage:
 
     setting: Setting
     own_layers: tuple[Layer, ...]
-    is_first: bool
-    is_last: bool
+    is_first: bool = False
+    is_last: bool = False
 
     @property
     def mtp_depth(self) -> int:
@@ -52,35 +44,30 @@ class Stage:
         return self.own_layers + (self.setting.architecture.mtp_layer,) * self.mtp_depth
 
     @cached_property
-    def layer_counts(self) -> tuple[int, ...]:
+    def _parts(self) -> list[dict[str, int]]:
         """Parameters on a device of each layer."""
-        return tuple(
-            sum(parts.values()) - parts.get("routed_experts", 0) + self._routed(parts)
-            for parts in self._layer_parts
-        )
+        hidden, ep = self.setting.architecture.hidden, self.setting.layout.ep
+        parts = (layer.parameters(hidden) for layer in self.layers)
+        return [it | {"routed_experts": it.get("routed_experts", 0) // ep} for it in parts]
+
+    @property
+    def layer_counts(self) -> list[int]:
+        """Parameters on a device of each layer."""
+        return [sum(parts.values()) for parts in self._parts]
 
     @cached_property
     def held(self) -> Held:
-        network, parts = self.setting.architecture, self._layer_parts
-        embedding = network.vocab * network.hidden
+        network = self.setting.architecture
         has_own_head = self.is_last and not (network.tied and self.is_first)
-        joins = self.mtp_depth * network.mtp_projection().parameters
-        norms = network.hidden * (self.is_last + 3 * self.mtp_depth)
-        routed = sum(self._routed(part) for part in parts)
-        plain = sum(self.layer_counts) - routed + joins + norms
         # MTP embeds where the network ends.
         has_copy = self.mtp_depth > 0 and not self.setting.layout.ends_meet
-        plain += embedding * (self.is_first + has_own_head + has_copy)
-        matrices = ("attention", "dense", "shared_experts")
-        projections = joins + sum(part.get(name, 0) for part in parts for name in matrices)
-        return Held(plain, routed, projections + routed)
-
-    @cached_property
-    def _layer_parts(self) -> list[dict[str, int]]:
-        return [layer_parameters(layer, self.setting.architecture.hidden) for layer in self.layers]
-
-    def _routed(self, parts: dict[str, int]) -> int:
-        return parts.get("routed_experts", 0) // self.setting.layout.ep
+        ends = network.vocab * network.hidden * (self.is_first + has_own_head + has_copy)
+        joins = self.mtp_depth * network.mtp_projection.parameters
+        norms = network.hidden * (self.is_last + 3 * self.mtp_depth)
+        routed = sum(parts["routed_experts"] for parts in self._parts)
+        matrices = ("attention", "dense", "shared_experts", "routed_experts")
+        projections = joins + sum(it.get(name, 0) for it in self._parts for name in matrices)
+        return Held(sum(self.layer_counts) - routed + ends + joins + norms, routed, projections)
 
     @cached_property
     def work(self) -> Work:
@@ -94,12 +81,12 @@ class Stage:
             works += [head_work(setting), mtp_work(setting)]
         if setting.micro_batches > 1:  # the new gradient is read, its FP32 sum read and written
             moved = (setting.layout.bytes + 8) * self.held.total
-            works.append({"gradient sums": Passes(0.0, 0.0, moved / setting.bandwidth)})
+            works.append({"gradient sums": Passes(0.0, 0.0, moved / setting.hardware.bandwidth)})
         return added(*works)
 
     @cached_property
     def passes(self) -> Passes:
-        return sum_of(self.work)
+        return sum_of(list(self.work.values()))
 
     @cached_property
     def exchange(self) -> float:
@@ -120,11 +107,10 @@ class Stage:
     @cached_property
     def kept_bytes(self) -> float:
         """Of one micro-batch, from its forward to its backward pass."""
-        setting, hidden = self.setting, self.setting.architecture.hidden
-        width = setting.layout.bytes
-        ends = width * hidden * (self.is_last + 3 * self.mtp_depth)
+        setting = self.setting
+        norms = setting.architecture.hidden * (self.is_last + 3 * self.mtp_depth)
         layers = sum(kept.under(setting.layout.recompute) for kept in self.kept)
-        return layers + setting.tokens * ends
+        return layers + setting.tokens * setting.layout.bytes * norms
 
     @cached_property
     def deferred_bytes(self) -> float:
@@ -132,36 +118,29 @@ class Stage:
         return sum(deferred_by(layer, self.setting) for layer in self.layers)
 
 
-def cut(setting: Setting) -> tuple[Stage, ...]:
+def cut(setting: Setting) -> list[Stage]:
     """The network in as many stages as the layout has, so that the slowest is as fast as can be.
 
     Stages before the last take as many layers as the slowest one's time allows; the head may be
     alone in the last.
     """
-    layers, count = list(setting.architecture.layers()), setting.layout.stages
-    whole = Stage(setting, tuple(layers), True, True)
+    layers, count = setting.architecture.layers, setting.layout.stages
     if count == 1:
-        return (whole,)
-    seconds = {
-        layer: Stage(setting, (layer,), False, False).passes.total
-        for layer in dict.fromkeys(layers)
-    }
-    tail = Stage(setting, (), False, True).passes.total
-    times = [seconds[layer] for layer in layers]
-    low, high = max(times), sum(times) + tail
+        return [Stage(setting, layers, is_first=True, is_last=True)]
+    kinds = {layer: Stage(setting, (layer,)).passes.total for layer in dict.fromkeys(layers)}
+    seconds = [kinds[layer] for layer in layers]
+    tail = Stage(setting, (), is_last=True).passes.total
+    low, high = max(seconds), sum(seconds) + tail
     for _ in range(30):
         middle = (low + high) / 2
-        if _pack(times, tail, count, middle) is None:
-            low = middle
-        else:
-            high = middle
-    sizes = _pack(times, tail, count, high)
+        low, high = (low, middle) if _pack(seconds, tail, count, middle) else (middle, high)
+    sizes = _pack(seconds, tail, count, high)
     assert sizes is not None
-    starts = [sum(sizes[:index]) for index in range(count)]
-    return tuple(
-        Stage(setting, tuple(layers[start : start + size]), index == 0, index == count - 1)
-        for index, (start, size) in enumerate(zip(starts, sizes, strict=True))
-    )
+    ends = list(accumulate(sizes, initial=0))
+    return [
+        Stage(setting, layers[ends[at] : ends[at + 1]], at == 0, at == count - 1)
+        for at in range(count)
+    ]
 
 
 def _pack(times: list[float], tail: float, count: int, most: float) -> list[int] | None:

@@ -7,37 +7,33 @@ updated and gathered.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from whalefall.parallel.build_schedule import build_schedule
 from whalefall.parallel.schedule import Place, Schedule, Step, Work
-from whalefall.plan.bubble import simulate
-from whalefall.plan.setting import Setting
+from whalefall.plan.layout import Setting
+from whalefall.plan.schedules import simulate
 from whalefall.plan.stages import Stage
 from whalefall.plan.traffic import hop_seconds, reduction_seconds
 from whalefall.plan.work import added, times
 
 
-@dataclass(frozen=True)
-class Phases:
+class Phases(NamedTuple):
     """Seconds of a rank until the last one is done; [B] table 4 has the same columns."""
 
-    forward: float = 0.0
+    forward: float
     """Forward passes alone (1F)."""
-    backward: float = 0.0
+    backward: float
     """Backward passes alone: of both gradients, or of the input's where the weights' is put off
     (1B)."""
-    weight_gradient: float = 0.0
+    weight_gradient: float
     """Weight gradients that were put off (1W)."""
-    overlapped: float = 0.0
+    overlapped: float
     """A forward and a backward pass at once (1F1B)."""
-    bubble: float = 0.0
+    bubble: float
     """Waiting."""
-
-    @property
-    def total(self) -> float:
-        return sum(astuple(self))
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return self.phases.total + self.optimizer
+        return sum(self.phases) + self.optimizer
 
 
 def step_time(stages: Sequence[Stage], setting: Setting) -> StepTime:
@@ -65,24 +61,19 @@ def step_time(stages: Sequence[Stage], setting: Setting) -> StepTime:
         optimizer_seconds(stages_of(rank, schedule, stages), setting)
         for rank in range(schedule.ranks)
     )
-    parts["exposed all-to-all"] = phases.total - phases.bubble - sum(parts.values())
+    parts["exposed all-to-all"] = sum(phases) - phases.bubble - sum(parts.values())
     parts |= {"bubble": phases.bubble, "optimizer": optimizer}
     return StepTime(phases, optimizer, parts)
 
 
-def schedule_of(setting: Setting) -> Schedule:
+def schedule_of(setting: Setting, fewer: int = 0) -> Schedule:
     """The lists of a step, or where it has many micro-batches of one with enough of them to reach
     the steady state."""
-    return _schedule(*_size(setting))
-
-
-def _size(setting: Setting, fewer: int = 0) -> tuple[str, int, int]:
-    """Kind, stages and micro-batches of the schedule that is run through."""
     layout, micro_batches = setting.layout, setting.micro_batches
     most = 3 * layout.pp
     most += (most + micro_batches) % 2
     kind = layout.schedule if layout.pp > 1 else "1f1b"
-    return kind, layout.stages, min(micro_batches, most) - fewer
+    return _schedule(kind, layout.stages, min(micro_batches, most) - fewer)
 
 
 @lru_cache(maxsize=64)
@@ -98,19 +89,18 @@ def stages_of(rank: int, schedule: Schedule, stages: Sequence[Stage]) -> list[St
 
 def _phases(stages: Sequence[Stage], setting: Setting) -> Phases:
     """Time is a straight line in the micro-batches once the pipeline is full."""
-    size = _size(setting)
-    phases = _run(size, stages, setting)
-    further = (setting.micro_batches - size[-1]) / 2
+    schedule = schedule_of(setting)
+    phases = _run(schedule, stages, setting)
+    further = (setting.micro_batches - schedule.micro_batches) / 2
     if not further:
         return phases
-    fewer = _run(_size(setting, fewer=2), stages, setting)
-    pairs = zip(astuple(phases), astuple(fewer), strict=True)
+    fewer = _run(schedule_of(setting, fewer=2), stages, setting)
+    pairs = zip(phases, fewer, strict=True)
     return Phases(*(more + further * (more - less) for more, less in pairs))
 
 
-def _run(size: tuple[str, int, int], stages: Sequence[Stage], setting: Setting) -> Phases:
+def _run(schedule: Schedule, stages: Sequence[Stage], setting: Setting) -> Phases:
     """The mean over the ranks of a pipeline."""
-    schedule = _schedule(*size)
 
     def seconds(rank: int, step: Step) -> float:
         return _seconds(step, [stages[schedule.stage_at[Place(rank, it.chunk)]] for it in step])
@@ -120,8 +110,7 @@ def _run(size: tuple[str, int, int], stages: Sequence[Stage], setting: Setting) 
         Phases(work["F"], work["B"] + work["I"], work["W"], work["F&B"], idle)
         for work, idle in zip(timeline.work, timeline.idle, strict=True)
     ]
-    sums = map(sum, zip(*map(astuple, ranks), strict=True))
-    return Phases(*(it / schedule.ranks for it in sums))
+    return Phases(*(sum(phase) / schedule.ranks for phase in zip(*ranks, strict=True)))
 
 
 def _seconds(step: Step, at: Sequence[Stage]) -> float:
@@ -148,8 +137,7 @@ def optimizer_seconds(stages: Sequence[Stage], setting: Setting) -> float:
     moves weight, remainder and two BF16 moments both ways; the working weights are gathered and
     cast to FP8, 2 bytes read and 2 written.
     """
-    hardware, layout = setting.hardware, setting.layout
-    gradient = 4 if setting.micro_batches > 1 else layout.bytes
+    hardware, layout, gradient = setting.hardware, setting.layout, setting.gradient_bytes
     seconds = moved = 0.0
     for count, replicas, stride in (
         (sum(stage.held.plain for stage in stages), layout.dp, 1),
@@ -158,8 +146,8 @@ def optimizer_seconds(stages: Sequence[Stage], setting: Setting) -> float:
         for width in (gradient, layout.bytes):
             seconds += reduction_seconds(width * count, replicas, stride, layout.copies, hardware)
         shards = replicas * layout.copies if layout.zero else 1
-        state = layout.bytes + 4 + (2 if layout.masters and layout.bytes == 2 else 0)
+        state = layout.bytes + 4 + layout.remainder_bytes
         moved += count / shards * (2 * gradient + 2 * state)
-    if layout.products == "fp8":
+    if layout.is_fp8:
         moved += 4 * sum(stage.held.projections for stage in stages)
-    return seconds + moved / setting.bandwidth
+    return seconds + moved / hardware.bandwidth

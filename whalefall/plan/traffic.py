@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from math import comb
 
 from whalefall.errors import UserError
-from whalefall.plan.hardware import Hardware, Link
-from whalefall.plan.layers import Dense, Experts, Layer
+from whalefall.plan.architecture import Dense, Experts, Layer
+from whalefall.plan.hardware import Hardware
+from whalefall.plan.layout import Setting
 from whalefall.plan.network import BUILDERS
 from whalefall.plan.network_cost import INFINIBAND
-from whalefall.plan.setting import Setting
 
 
 def on_network(hardware: Hardware, name: str, gpus: int) -> Hardware:
@@ -34,10 +34,6 @@ def on_network(hardware: Hardware, name: str, gpus: int) -> Hardware:
     return hardware.model_copy(update={"nic": nic.model_copy(update=reached)})
 
 
-def transfer_seconds(size: float, link: Link) -> float:
-    return 1e-6 * link.latency_us + size / (1e9 * link.achieved_gb_per_s)
-
-
 def visited(places: int, experts: Experts) -> float:
     """How many of ``places`` that share a layer's experts a token's choices are at, on average.
 
@@ -45,11 +41,11 @@ def visited(places: int, experts: Experts) -> float:
     some groups reaches only these groups' places, as many as that allows ([A] 2.1.2).
     """
     groups, chosen = experts.groups, experts.top_groups
-    if places <= groups:  # of several groups each: a place is missed if all of its groups are
-        others = groups - groups // places
-        reached = places * (1 - comb(others, chosen) / comb(groups, chosen))
-        return min(reached, _distinct(places, experts.top_k))
-    return _distinct(places * chosen / groups, experts.top_k)
+    if places > groups:
+        return _distinct(places * chosen / groups, experts.top_k)
+    others = groups - groups // places  # a place is missed where all groups it has are
+    reached = places * (1 - comb(others, chosen) / comb(groups, chosen))
+    return min(reached, _distinct(places, experts.top_k))
 
 
 def _distinct(places: float, choices: int) -> float:
@@ -60,13 +56,13 @@ def exchange_seconds(layer: Layer, setting: Setting) -> float:
     """Dispatch and combine of a layer, either direction: dispatch in FP8 where products are,
     combine in the working type ([A] 3.3.3); backward, each is the other's gradient and has the
     same bytes."""
-    experts, hardware, layout = layer.feed_forward, setting.hardware, setting.layout
+    experts, layout = layer.feed_forward, setting.layout
     if isinstance(experts, Dense) or layout.ep == 1:
         return 0.0
-    beside, elsewhere = sent_to(experts, layout.ep, hardware)
+    beside, elsewhere = sent_to(experts, layout.ep, setting.hardware)
     numbers = setting.tokens * setting.architecture.hidden
     widths = layout.input_bytes, layout.bytes
-    return both_ways(beside * numbers, elsewhere * numbers, widths, hardware)
+    return both_ways(beside * numbers, elsewhere * numbers, widths, setting.hardware)
 
 
 def sent_to(experts: Experts, gpus: int, hardware: Hardware) -> tuple[float, float]:
@@ -91,10 +87,9 @@ def both_ways(
     """
     seconds = 0.0
     for width in widths:
-        ways = [transfer_seconds(beside * width, hardware.nvlink)]
-        if elsewhere:
-            ways.append(transfer_seconds(elsewhere * width, hardware.nic))
-        seconds += start + max(ways)
+        near = hardware.nvlink.seconds(beside * width)
+        far = hardware.nic.seconds(elsewhere * width) if elsewhere else 0.0
+        seconds += start + max(near, far)
     return seconds
 
 
@@ -110,9 +105,8 @@ def exchange_buffers(layer: Layer, setting: Setting) -> float:
 def hop_seconds(setting: Setting) -> float:
     """A micro-batch's activations from one pipeline rank to the next."""
     hardware, layout = setting.hardware, setting.layout
-    size = setting.tokens * setting.architecture.hidden * layout.bytes
-    within_node = layout.gpus <= hardware.gpus_per_node
-    return transfer_seconds(size, hardware.nvlink if within_node else hardware.nic)
+    link = hardware.nvlink if layout.gpus <= hardware.gpus_per_node else hardware.nic
+    return link.seconds(setting.tokens * setting.architecture.hidden * layout.bytes)
 
 
 def reduction_seconds(
@@ -126,9 +120,6 @@ def reduction_seconds(
     """
     near = min(replicas, max(1, hardware.gpus_per_node // stride))
     nodes = replicas // near * copies
-    seconds = 0.0
-    if near > 1:
-        seconds += transfer_seconds(size * (near - 1) / near, hardware.nvlink)
-    if nodes > 1:
-        seconds += transfer_seconds(size / near * (nodes - 1) / nodes, hardware.nic)
-    return seconds
+    within = hardware.nvlink.seconds(size * (near - 1) / near) if near > 1 else 0.0
+    between = hardware.nic.seconds(size / near * (nodes - 1) / nodes) if nodes > 1 else 0.0
+    return within + between

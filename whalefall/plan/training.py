@@ -1,15 +1,13 @@
 """The plan of a training run: does it fit, how long does it take, what does it cost, and why."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from whalefall.config import load_config, preset_names
-from whalefall.plan.architecture import Architecture, Parameters
-from whalefall.plan.flops import Flops, forward_flops, training_flops
-from whalefall.plan.hardware import Hardware
+from whalefall.plan.flops import training_flops
+from whalefall.plan.layout import Recompute, Setting
 from whalefall.plan.memory import Memory, memory_by_rank
-from whalefall.plan.setting import Setting
 from whalefall.plan.stages import Stage, cut
 from whalefall.plan.step import StepTime, step_time
 from whalefall.plan.units import DAY, GIB
@@ -36,10 +34,6 @@ def workload_of(model: str) -> Workload:
     return Workload(run.data.sequence_length, rows, run.schedule.total_tokens)
 
 
-def usable_gib(hardware: Hardware) -> float:
-    return (1 - RESERVE) * hardware.memory_gib
-
-
 @dataclass(frozen=True)
 class TrainingPlan:
     """A network in one layout. Everything is worked out when it is asked for."""
@@ -48,25 +42,8 @@ class TrainingPlan:
     tokens: float
     """To train on."""
 
-    @property
-    def architecture(self) -> Architecture:
-        return self.setting.architecture
-
-    @property
-    def hardware(self) -> Hardware:
-        return self.setting.hardware
-
     @cached_property
-    def parameters(self) -> Parameters:
-        return self.architecture.parameters()
-
-    @cached_property
-    def flops(self) -> Flops:
-        """Forward, of a token."""
-        return forward_flops(self.architecture, self.setting.sequence)
-
-    @cached_property
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> list[Stage]:
         return cut(self.setting)
 
     @cached_property
@@ -80,13 +57,26 @@ class TrainingPlan:
         return max(range(len(self.memory)), key=lambda rank: self.memory[rank].total)
 
     @property
+    def needed_gib(self) -> float:
+        """Of the fullest rank."""
+        return self.memory[self.fullest].total / GIB
+
+    @property
+    def usable_gib(self) -> float:
+        return (1 - RESERVE) * self.setting.hardware.memory_gib
+
+    @property
     def missing_gib(self) -> float:
         """What the fullest rank lacks; 0 where all fit."""
-        return max(0.0, self.memory[self.fullest].total / GIB - usable_gib(self.hardware))
+        return max(0.0, self.needed_gib - self.usable_gib)
 
     @property
     def fits(self) -> bool:
         return self.missing_gib == 0
+
+    def recomputing(self, recompute: Recompute) -> "TrainingPlan":
+        layout = replace(self.setting.layout, recompute=recompute)
+        return replace(self, setting=replace(self.setting, layout=layout))
 
     @cached_property
     def step(self) -> StepTime:
@@ -103,12 +93,13 @@ class TrainingPlan:
 
     def tflops(self, *, causal: bool) -> float:
         """Model FLOPs a second of a device, 10^12; MTP and what is made again count nothing."""
-        flops = training_flops(self.architecture, self.setting.sequence, causal=causal)
+        flops = training_flops(self.setting.architecture, self.setting.sequence, causal=causal)
         return flops * self.tokens_per_second / self.setting.layout.gpus / 1e12
 
     def mfu(self, *, causal: bool) -> float:
         """Share of the peak of the working type, BF16 also where products are FP8 ([B] table 4)."""
-        return self.tflops(causal=causal) / self.hardware.peak_tflops[self.hardware.working]
+        hardware = self.setting.hardware
+        return self.tflops(causal=causal) / hardware.peak_tflops[hardware.working]
 
     @property
     def days(self) -> float:
@@ -120,8 +111,8 @@ class TrainingPlan:
 
     @property
     def dollars(self) -> float:
-        return self.gpu_hours * self.hardware.dollars_per_hour
+        return self.gpu_hours * self.setting.hardware.dollars_per_hour
 
     @property
     def megawatt_hours(self) -> float:
-        return self.gpu_hours * self.hardware.watts / 1e6
+        return self.gpu_hours * self.setting.hardware.watts / 1e6

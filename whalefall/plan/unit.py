@@ -1,26 +1,120 @@
-"""What serves together: some GPUs, what each of them holds, and how fast it is.
+"""What serves together: some GPUs, what each of them holds, and the cache that decoding reads.
 
 Attention is data-parallel, or tensor-parallel within groups of ``tp`` GPUs of a node; the routed
 experts are spread over all GPUs, some of them more than once; everything else is on each GPU
-([A] 3.4; deepseek-ai/open-infra-index, day 6).
+([A] 3.4; deepseek-ai/open-infra-index, day 6). MLA caches a latent and one rotating key a token
+([A] 2.1.1), grouped attention a key and a value a key-value head.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import floor
+from typing import NamedTuple
 
 from whalefall.errors import UserError
-from whalefall.plan.architecture import Architecture
+from whalefall.plan.architecture import (
+    Architecture,
+    Attention,
+    Experts,
+    GroupedAttention,
+    LatentAttention,
+    Layer,
+    Projection,
+)
 from whalefall.plan.hardware import Hardware
-from whalefall.plan.kv import Cache
-from whalefall.plan.layers import Dense, Experts, LatentAttention, Layer, Projection
-from whalefall.plan.units import FP8_BLOCKS, GIB, WIDTH, Format
+from whalefall.plan.units import FP8_BLOCKS, FP8_TILES, GIB, WIDTH, Format
 
 RESERVE = 0.07
 """Share of the memory for activations, buffers of the exchange, graphs and fragments (assumed:
 DeepEP's low-latency buffers alone are 1.6 GiB at 128 tokens and 288 experts)."""
+EXCHANGE_START = 20e-6
+"""Seconds of a low-latency dispatch or combine besides its bytes. Tuned: with it, 128 tokens of
+7168 take what DeepEP's README lists from 8 to 256 GPUs, within 15 %."""
 NOT_SHARDED = ("q_a_proj", "kv_a_proj_with_mqa", "gate")
 """Small products whose result every GPU of a tensor-parallel group needs whole."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """How a network's cache is kept.
+
+    Raises:
+        UserError: the window is no positive number of tokens.
+    """
+
+    architecture: Architecture
+    format: Format = "bf16"
+    window: int | None = None
+    """Tokens that every layer looks back over; None keeps all."""
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise UserError(f"the window is {self.window} tokens; it must be at least 1")
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Over all layers, of a token that is kept ([B] table 1: 70,272 for V3, 327,680 for
+        Qwen-2.5 72B, 516,096 for LLaMA-3.1 405B, in BF16)."""
+        return sum(layer_bytes(it.attention, self.format) for it in self.architecture.layers)
+
+    def kept(self, context: float) -> float:
+        """Tokens of a sequence that are kept."""
+        return context if self.window is None else min(context, self.window)
+
+    def sequence_bytes(self, context: float) -> float:
+        return self.bytes_per_token * self.kept(context)
+
+
+def layer_bytes(attention: Attention, fmt: Format = "bf16") -> float:
+    """Of a token in one layer.
+
+    In FP8 each tile of 128 numbers has an FP32 scale, and MLA's rotating key stays BF16: 656 bytes
+    in V3, 512 of latent, 16 of scales, 128 of key (deepseek-ai/FlashMLA, its FP8 cache).
+    """
+    if fmt != "fp8":
+        return WIDTH[fmt] * attention.kv_numbers
+    if isinstance(attention, LatentAttention):
+        return FP8_TILES * attention.kv_rank + WIDTH["bf16"] * attention.rope
+    return FP8_TILES * attention.kv_numbers
+
+
+class Variant(NamedTuple):
+    """The same network with its cache in another way."""
+
+    name: str
+    bytes_per_token: float
+    """Over all layers."""
+    window: int | None = None
+
+    def sequence_bytes(self, context: int) -> float:
+        return self.bytes_per_token * min(context, self.window or context)
+
+
+def variants(network: Architecture, window: int = 4096) -> list[Variant]:
+    """First the network's own cache, in BF16; then in FP8 and with a window, and what plain kinds
+    of attention with its heads would keep. MHA is 56.9 times MLA in V3."""
+    attention = network.mtp_layer.attention
+    heads, width = attention.heads, attention.v_width // attention.heads
+    own, size = kind_of(attention), Cache(network).bytes_per_token
+    found = [
+        Variant(own, size),
+        Variant(f"{own}, FP8", Cache(network, "fp8").bytes_per_token),
+        Variant(f"{own}, last {window:,}", size, window),
+    ]
+    for kv_heads in sorted({heads, min(8, heads), 1}, reverse=True):
+        other = GroupedAttention(heads, kv_heads, width)
+        if kind_of(other) != own:
+            found.append(Variant(kind_of(other), len(network.layers) * layer_bytes(other)))
+    return found
+
+
+def kind_of(attention: Attention) -> str:
+    if isinstance(attention, LatentAttention):
+        return f"MLA {attention.kv_rank} + {attention.rope}"
+    if attention.kv_heads == attention.heads:
+        return "MHA"
+    return "MQA" if attention.kv_heads == 1 else f"GQA of {attention.kv_heads}"
 
 
 @dataclass(frozen=True)
@@ -44,9 +138,7 @@ class Unit:
 
     def __post_init__(self) -> None:
         hardware, network = self.hardware, self.architecture
-        if self.weights not in hardware.peak_tflops:
-            formats = ", ".join(hardware.peak_tflops)
-            raise UserError(f"{hardware.name} has no {self.weights}; it has {formats}")
+        hardware.check_format(self.weights)
         if self.gpus < 1 or self.tp < 1 or self.gpus % self.tp:
             raise UserError(f"tp {self.tp} must divide the {self.gpus} GPUs")
         heads = {run.layer.attention.heads for run in network.runs}
@@ -64,19 +156,6 @@ class Unit:
                 f"{self.gpus} GPUs; {fewest_redundant(experts, self.gpus)} redundant ones do"
             )
 
-    @property
-    def replicas(self) -> int:
-        """Groups that attend to sequences of their own."""
-        return self.gpus // self.tp
-
-    @property
-    def nodes(self) -> int:
-        return -(-self.gpus // self.hardware.gpus_per_node)
-
-    @property
-    def working(self) -> Format:
-        return self.hardware.working
-
     def slots(self, experts: Experts) -> float:
         """Experts of a layer on each GPU."""
         return (experts.routed + self.redundant) / self.gpus
@@ -85,33 +164,31 @@ class Unit:
         """What a GPU holds and computes of a projection."""
         return 1.0 if projection.name in NOT_SHARDED else 1 / self.tp
 
-    def matrix_bytes(self, projections: Iterable[Projection], fmt: Format | None = None) -> float:
+    def format_of(self, part: str) -> Format:
+        """Of the weights of a part of the network."""
+        return self.hardware.working if part in ("gates", "head") else self.weights
+
+    def matrix_bytes(self, projections: Iterable[Projection], fmt: Format) -> float:
         """On a GPU; FP8 has an FP32 scale for each block of 128 x 128 ([A] 3.3.2)."""
-        fmt = fmt or self.weights
         width = FP8_BLOCKS if fmt == "fp8" else WIDTH[fmt]
         return sum(width * self.share(it) * it.parameters for it in projections)
 
     def weight_bytes(self) -> dict[str, float]:
         """On a GPU, by part; MTP modules are left out."""
         network = self.architecture
-        ends = WIDTH[self.working] * network.vocab * network.hidden / self.tp
-        parts = {"embedding and head": ends * (1 if network.tied else 2)}
-        for run in network.runs:
-            for part, size in self._layer_bytes(run.layer).items():
-                parts[part] = parts.get(part, 0.0) + run.count * size
+        ends = WIDTH[self.hardware.working] * network.vocab * network.hidden / self.tp
+        parts = defaultdict(float, {"embedding and head": ends * (1 if network.tied else 2)})
+        for layer, count in network.runs:
+            for part, it in layer.matrices(network.hidden).items():
+                size = count * self.matrix_bytes(it.projections, self.format_of(part))
+                match part, layer.feed_forward:
+                    case "routed_experts", Experts() as experts:  # each is whole on its GPU
+                        parts["routed experts"] += self.slots(experts) * self.tp * size
+                    case "shared_experts" | "gates", _:
+                        parts["shared experts and gates"] += size
+                    case _:
+                        parts[part] += size
         return parts
-
-    def _layer_bytes(self, layer: Layer) -> dict[str, float]:
-        hidden, feed_forward = self.architecture.hidden, layer.feed_forward
-        parts = {"attention": self.matrix_bytes(layer.attention.projections(hidden))}
-        if isinstance(feed_forward, Dense):
-            return {**parts, "dense": self.matrix_bytes(feed_forward.projections(hidden))}
-        shared = self.matrix_bytes(feed_forward.shared_projections(hidden))
-        gate = self.matrix_bytes([feed_forward.gate(hidden)], self.working)
-        # A routed expert is whole on its GPU.
-        expert = self.tp * self.matrix_bytes(feed_forward.expert(hidden))
-        routed = self.slots(feed_forward) * expert
-        return {**parts, "shared experts and gates": shared + gate, "routed experts": routed}
 
     @property
     def usable(self) -> float:
@@ -123,16 +200,17 @@ class Unit:
         """Bytes of a GPU's memory for the cache; below 0 where the weights do not fit."""
         return self.usable - sum(self.weight_bytes().values())
 
-    def sequence_bytes(self, context: float) -> float:
-        """Cache of a sequence on each GPU of its group: latents whole, heads of keys divided."""
-        return self.cache_share * self.cache.sequence_bytes(context)
-
     @property
     def cache_share(self) -> float:
+        """What of a sequence's cache is on each GPU of its group: latents whole, heads divided."""
         attention = self.architecture.mtp_layer.attention
         if isinstance(attention, LatentAttention):
             return 1.0
         return 1 / min(self.tp, attention.kv_heads)
+
+    def sequence_bytes(self, context: float) -> float:
+        """On each GPU of its group."""
+        return self.cache_share * self.cache.sequence_bytes(context)
 
     def most_sequences(self, context: float) -> int:
         """Of a group, all of this length."""
@@ -142,15 +220,18 @@ class Unit:
         """Bytes that a GPU lacks for so many sequences of its group; 0 where they fit."""
         return max(0.0, batch * self.sequence_bytes(context) - self.room)
 
-    def rate(self, fmt: Format, fraction: float) -> float:
-        """FLOPs a second at a fraction of the peak of a format."""
-        return 1e12 * self.hardware.peak_tflops[fmt] * fraction * self.hardware.achieved.sustained
-
     @property
-    def bandwidth(self) -> float:
-        """Bytes a second from memory."""
-        achieved = self.hardware.achieved
-        return 1e9 * self.hardware.memory_gb_per_s * achieved.memory * achieved.sustained
+    def exchange_widths(self) -> tuple[float, float]:
+        """Bytes of a number to the experts, in FP8 tiles where weights are, and back ([A] 3.4)."""
+        back = WIDTH[self.hardware.working]
+        return (FP8_TILES if self.weights == "fp8" else back), back
+
+    def all_reduce_seconds(self, layer: Layer, tokens: float) -> float:
+        """A sum over the group after attention, and one after a dense or shared feed-forward."""
+        half = layer.feed_forward
+        sums = 1 if isinstance(half, Experts) and not half.shared else 2
+        numbers = 2 * (self.tp - 1) / self.tp * tokens * self.architecture.hidden
+        return sums * self.hardware.nvlink.seconds(numbers * self.exchange_widths[1])
 
 
 def fewest_redundant(experts: int, gpus: int) -> int:

@@ -5,11 +5,11 @@ the memory's bandwidth: the bytes that the fused steps of ``ops/`` read and writ
 adds its quantizations, which read 2 bytes a number and write one for each of two forms.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from whalefall.plan.layers import Dense, LatentAttention, Layer, Projection
-from whalefall.plan.setting import Setting
+from whalefall.plan.architecture import Dense, LatentAttention, Layer, Projection
+from whalefall.plan.layout import Setting
 from whalefall.plan.units import Format
 
 
@@ -29,9 +29,6 @@ class Passes(NamedTuple):
     def total(self) -> float:
         return sum(self)
 
-    def plus(self, other: "Passes") -> "Passes":
-        return Passes(*(a + b for a, b in zip(self, other, strict=True)))
-
     def times(self, count: float) -> "Passes":
         return Passes(*(count * seconds for seconds in self))
 
@@ -39,46 +36,39 @@ class Passes(NamedTuple):
 Work = dict[str, Passes]
 """By part: ``attention projections``, ``attention``, ``dense and shared``, ``routed experts``,
 ``memory-bound``, ``head and loss``, ``gradient sums``."""
+KINDS = {
+    "attention": "attention projections",
+    "dense": "dense and shared",
+    "shared_experts": "dense and shared",
+    "gates": "dense and shared",
+    "routed_experts": "routed experts",
+}
+"""Where the products of a part of a layer are counted."""
 
 
-def added(*works: Mapping[str, Passes]) -> Work:
-    total: Work = {}
-    for work in works:
-        for part, passes in work.items():
-            total[part] = total.get(part, Passes()).plus(passes)
-    return total
+def sum_of(passes: Sequence[Passes]) -> Passes:
+    return Passes(*map(sum, zip(*passes, strict=True))) if passes else Passes()
 
 
-def times(work: Mapping[str, Passes], count: float) -> Work:
+def added(*works: Work) -> Work:
+    parts = dict.fromkeys(part for work in works for part in work)
+    return {part: sum_of([work[part] for work in works if part in work]) for part in parts}
+
+
+def times(work: Work, count: float) -> Work:
     return {part: passes.times(count) for part, passes in work.items()}
-
-
-def sum_of(work: Mapping[str, Passes]) -> Passes:
-    total = Passes()
-    for passes in work.values():
-        total = total.plus(passes)
-    return total
 
 
 def layer_work(layer: Layer, setting: Setting) -> Work:
     """A layer with one micro-batch, its experts' rows spread evenly, transfers left out."""
-    hidden, tokens = setting.architecture.hidden, setting.tokens
-    attention, feed_forward = layer.attention, layer.feed_forward
-    projections = attention.projections(hidden)
-    work = {
-        "attention projections": _products(projections, tokens, setting),
-        "attention": _attention(layer, setting),
-        "memory-bound": _streams(layer, setting),
-    }
-    if isinstance(feed_forward, Dense):
-        dense = feed_forward.projections(hidden)
-        work["dense and shared"] = _products(dense, tokens, setting)
-    else:
-        gate = _products([feed_forward.gate(hidden)], tokens, setting, setting.hardware.working)
-        shared = _products(feed_forward.shared_projections(hidden), tokens, setting)
-        work["dense and shared"] = gate.plus(shared)
-        rows, expert = tokens * feed_forward.top_k, feed_forward.expert(hidden)
-        work["routed experts"] = _products(expert, rows, setting, grouped=True)
+    matrices = layer.matrices(setting.architecture.hidden)
+    products = [
+        {KINDS[part]: _products(it.projections, setting, part=part, rows=it.met)}
+        for part, it in matrices.items()
+    ]
+    moved = streams(layer, setting)
+    others = {"attention": _attention(layer, setting), "memory-bound": moved}
+    work = added(products[0], others, *products[1:])
     match setting.layout.recompute:
         case "none":
             return work
@@ -86,11 +76,10 @@ def layer_work(layer: Layer, setting: Setting) -> Work:
             again = {part: Passes(0.0, passes.forward) for part, passes in work.items()}
         case "selective":
             # All projections but the one after attention, and about half of what is memory-bound.
+            repeated = _products(matrices["attention"].projections[:-1], setting)
             again = {
-                "attention projections": Passes(
-                    0.0, _products(projections[:-1], tokens, setting).forward
-                ),
-                "memory-bound": Passes(0.0, 0.5 * work["memory-bound"].forward),
+                "attention projections": Passes(0.0, repeated.forward),
+                "memory-bound": Passes(0.0, 0.5 * moved.forward),
             }
     return added(work, again)
 
@@ -98,10 +87,11 @@ def layer_work(layer: Layer, setting: Setting) -> Work:
 def head_work(setting: Setting) -> Work:
     """Head and loss, once for the main model and once for each MTP depth, in the working type."""
     network = setting.architecture
-    tokens = setting.tokens * (1 + network.mtp_depth)
-    products = _products([network.head()], tokens, setting, setting.hardware.working)
-    logits = 2 * setting.layout.bytes * tokens * network.vocab  # read once, made the gradient once
-    return {"head and loss": products.plus(Passes(logits / setting.bandwidth))}
+    heads = 1 + network.mtp_depth
+    products = _products([network.head], setting, part="head", rows=heads)
+    # Logits are read once and made the gradient once.
+    logits = 2 * setting.layout.bytes * heads * setting.tokens * network.vocab
+    return {"head and loss": sum_of([products, Passes(logits / setting.hardware.bandwidth)])}
 
 
 def mtp_work(setting: Setting) -> Work:
@@ -109,26 +99,28 @@ def mtp_work(setting: Setting) -> Work:
     network = setting.architecture
     if not network.mtp_depth:
         return {}
-    join = _products([network.mtp_projection()], setting.tokens, setting)
-    norms = setting.tokens * setting.layout.bytes * 6 * network.hidden / setting.bandwidth
-    extra = {"attention projections": join, "memory-bound": Passes(norms, norms)}
-    return times(added(layer_work(network.mtp_layer, setting), extra), network.mtp_depth)
+    norms = setting.tokens * setting.layout.bytes * 6 * network.hidden / setting.hardware.bandwidth
+    join = {
+        "attention projections": _products([network.mtp_projection], setting),
+        "memory-bound": Passes(norms, norms),
+    }
+    return times(added(layer_work(network.mtp_layer, setting), join), network.mtp_depth)
 
 
 def _products(
-    projections: Sequence[Projection],
-    rows: int,
-    setting: Setting,
-    fmt: Format | None = None,
-    *,
-    grouped: bool = False,
+    projections: Sequence[Projection], setting: Setting, *, part: str = "", rows: int = 1
 ) -> Passes:
-    """Each of the three products has the same FLOPs."""
-    hardware, fmt = setting.hardware, fmt or setting.layout.products
+    """Of so many rows a token. Each of the three products has the same FLOPs; gates and heads stay
+    in the working type ([A] 3.3)."""
+    hardware = setting.hardware
+    fmt = hardware.working if part in ("gates", "head") else setting.layout.products
     achieved = hardware.achieved.products[fmt]
-    straight = achieved.grouped if grouped else achieved.dense
-    weight = achieved.grouped_wgrad if grouped else achieved.dense_wgrad
-    seconds = rows * sum(projection.flops for projection in projections) / _peak(setting, fmt)
+    flops = rows * setting.tokens * sum(it.flops for it in projections)
+    seconds = flops / _peak(setting, fmt)
+    if part == "routed_experts":
+        straight, weight = achieved.grouped, achieved.grouped_wgrad
+    else:
+        straight, weight = achieved.dense, achieved.dense_wgrad
     return Passes(seconds / straight, seconds / straight, seconds / weight)
 
 
@@ -142,17 +134,15 @@ def _attention(layer: Layer, setting: Setting) -> Passes:
 
 def _peak(setting: Setting, fmt: Format) -> float:
     """FLOPs a second of what training leaves of the tensor cores."""
-    hardware = setting.hardware
-    sustained = hardware.achieved.sustained * setting.computing_share
-    return 1e12 * hardware.peak_tflops[fmt] * sustained
+    share = setting.hardware.computing_share if setting.layout.ep > 1 else 1.0
+    return setting.hardware.rate(fmt, share)
 
 
-def _streams(layer: Layer, setting: Setting) -> Passes:
+def streams(layer: Layer, setting: Setting) -> Passes:
     """What is bound by memory: bytes over bandwidth."""
     halves = (_attention_streams(layer, setting), _feed_forward_streams(layer, setting))
-    forward, backward = (sum(half) for half in zip(*halves, strict=True))
-    seconds = setting.tokens / setting.bandwidth
-    return Passes(seconds * forward, seconds * backward)
+    seconds = setting.tokens / setting.hardware.bandwidth
+    return Passes(*(seconds * sum(half) for half in zip(*halves, strict=True)))
 
 
 def _attention_streams(layer: Layer, setting: Setting) -> tuple[float, float]:
@@ -168,35 +158,29 @@ def _attention_streams(layer: Layer, setting: Setting) -> tuple[float, float]:
     # A norm, an addition with a norm, two additions; backward, branches' gradients are added too.
     forward = width * (12 * hidden + 2 * narrow + heads)
     backward = width * (16 * hidden + 3 * narrow + heads)
-    return (
-        forward + quantized * (2 * hidden + narrow + attention.v_width),
-        backward + quantized * outputs,
-    )
+    inputs = 2 * hidden + narrow + attention.v_width
+    return forward + quantized * inputs, backward + quantized * outputs
 
 
 def _feed_forward_streams(layer: Layer, setting: Setting) -> tuple[float, float]:
     """Bytes a token, forward and backward: SwiGLU, and the rows' way to the experts and back."""
-    feed_forward, hidden = layer.feed_forward, setting.architecture.hidden
+    half, hidden = layer.feed_forward, setting.architecture.hidden
     width, quantized = setting.layout.bytes, _quantized(setting)
-    if isinstance(feed_forward, Dense):
-        inner = feed_forward.intermediate
-        return (
-            3 * width * inner + quantized * (hidden + inner),
-            5 * width * inner + quantized * (hidden + 2 * inner),
-        )
-    inner, rows = feed_forward.intermediate, feed_forward.top_k
-    shared = feed_forward.shared * inner
-    copies = 2 * width * (1 + rows) * hidden + 24 * feed_forward.routed  # rows, and FP32 scores
-    forward = copies + 3 * width * shared + quantized * (hidden + shared)
-    backward = copies + 5 * width * shared + quantized * (hidden + 2 * shared)
+    plain = half.intermediate if isinstance(half, Dense) else half.shared * half.intermediate
+    forward = 3 * width * plain + quantized * (hidden + plain)
+    backward = 5 * width * plain + quantized * (hidden + 2 * plain)
+    if isinstance(half, Dense):
+        return forward, backward
+    rows, inner = half.top_k, half.intermediate
+    copies = 2 * width * (1 + rows) * hidden + 24 * half.routed  # rows, and FP32 scores
     # In FP8 SwiGLU writes its output and what it keeps as tiles, and three forms backward.
     routed = (7, 9) if quantized else (3 * width, 5 * width)
     return (
-        forward + rows * (quantized * hidden + routed[0] * inner),
-        backward + rows * (quantized * hidden + routed[1] * inner),
+        forward + copies + rows * (quantized * hidden + routed[0] * inner),
+        backward + copies + rows * (quantized * hidden + routed[1] * inner),
     )
 
 
 def _quantized(setting: Setting) -> int:
     """Bytes of quantizing a number: two read and two forms written, or nothing."""
-    return 4 if setting.layout.products == "fp8" else 0
+    return 4 if setting.layout.is_fp8 else 0
