@@ -1,17 +1,19 @@
 """What FP8 costs in loss: one network, one data order, BF16 beside FP8 and its ablations.
 
     whalefall data prepare SOURCES --output DATA --vocab-size 16384
-    python benchmarks/fp8_loss.py DATA [--variants ...] [--seeds 4] [--tokens 6e7] [--json PATH]
+    python benchmarks/fp8_loss.py DATA [--start 2.6e7] [--variants ...] [--seeds 4] [--json PATH]
 
 Every part of DeepSeek-V3 is on; embedding, head, router, norms and attention stay in BF16 or FP32
 in every variant. The two coarse ones concern activations and gradients, not weights, and keep
 SwiGLU's input in BF16, as does the one with wgrad in BF16. Losses are means over windows of the
 steps, compared window by window (paper, appendix B.1: below 0.25 %).
 
-At this size the smallest change of a bit leads another way, and two BF16 runs end 0.2 to 1 % apart.
-So every variant runs with several seeds, each beside BF16 with the same weights and the same data
-order, and the mean difference comes with its standard error. With several GPUs, runs are side by
-side.
+From random weights the smallest change of a bit leads another way at this size, and two BF16 runs
+end about 1 % apart. So every variant runs with several seeds, each beside BF16 with the same
+weights and the same data order, and the mean difference comes with its standard error. With
+``--start`` all go on from networks that BF16 trained on so many tokens, one for every two seeds,
+which keeps them on one way. With several GPUs, runs are side by side. ``--folder`` keeps networks
+and finished runs, and nothing that is found there is run again.
 """
 
 import argparse
@@ -30,11 +32,12 @@ from typing import Any
 import torch
 from common import write_result
 from torch import Tensor
+from torch.nn.functional import ScalingType, scaled_mm
 
-from whalefall.config.train import TrainConfig
+from whalefall.config.train import Phase, TrainConfig
 from whalefall.model.transformer import parameter_counts
 from whalefall.ops import fp8_linear
-from whalefall.ops.quantize import E4M3_MAX, dequantize, quantize_blocks, scale_of
+from whalefall.ops.quantize import E4M3_MAX, Blocks, Tiles, dequantize, quantize_blocks, scale_of
 from whalefall.train.trainer import Trainer
 
 FP8 = {"fprop": "fp8", "dgrad": "fp8", "wgrad": "fp8"}
@@ -43,18 +46,24 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "fp8": {"precision": FP8},
     "fp8, power-of-two scales": {"precision": {**FP8, "power_of_two_scales": True}},
     "fp8, one scale a tensor": {"precision": {**FP8, "power_of_two_scales": True}},
+    "fp8, one scale a tensor, no fp32 promotion": {
+        "precision": {**FP8, "power_of_two_scales": True}
+    },
     "fp8, gradients in 128x128 blocks": {"precision": {**FP8, "power_of_two_scales": True}},
     "fp8, wgrad in bf16": {"precision": {**FP8, "wgrad": "bf16"}},
     "fp8, fp32 moments": {"precision": FP8, "optimizer": {"moment_dtype": "float32"}},
 }
 
-SEQUENCE, ROWS, WINDOW = 2048, 16, 50
+SEQUENCE, ROWS, WINDOW = 2048, 32, 50
 
 
-def make_config(variant: str, seed: int, data: Path, output: Path, tokens: float) -> TrainConfig:
+def make_config(
+    variant: str, seed: int, data: Path, output: Path, tokens: float, start: Path | None
+) -> TrainConfig:
     base: dict[str, Any] = {
-        "seed": seed,
+        "seed": seed if start is None else 1000 + seed,  # not the data again in the same order
         "output": str(output),
+        "initialize_from": start and str(start),
         "model": {
             "vocab_size": 16384,
             "hidden_size": 1024,
@@ -76,7 +85,7 @@ def make_config(variant: str, seed: int, data: Path, output: Path, tokens: float
         "data": {"sources": [{"path": str(data)}], "sequence_length": SEQUENCE},
         "schedule": {
             "total_tokens": tokens,
-            "warmup_steps": 100,
+            "warmup_steps": 100 if start is None else 30,
             "learning_rate": [
                 {"value": 4e-4, "until": tokens / 3},
                 {"value": 4e-6, "until": tokens, "shape": "cosine"},
@@ -113,9 +122,28 @@ def by_block(x: Tensor) -> Tensor:
     return dequantize(quantize_blocks(x, power_of_two=True), x.dtype)
 
 
+def unpromoted(a: Tiles, b: Tiles | Blocks, dtype: torch.dtype) -> Tensor:
+    """a b^T with one scale a tensor, summed by the tensor core alone (about 14 bits)."""
+    operands = []
+    for x in (dequantize(a, torch.float32), dequantize(b, torch.float32)):
+        scale = scale_of(x.abs().amax(), power_of_two=True)  # rounds nothing again
+        operands.append(((x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale))
+    (x, scale_x), (y, scale_y) = operands
+    whole = ScalingType.TensorWise
+    return scaled_mm(
+        x, y.T, scale_x, whole, scale_y, whole, output_dtype=dtype, use_fast_accum=True
+    )
+
+
 @contextmanager
 def coarser(variant: str) -> Iterator[None]:
-    """Replace the quantization of activations or gradients by the variant's; experts unfused."""
+    """Replace the quantization of activations or gradients by the variant's; experts unfused.
+
+    Without promotion are the dense products only: no library has them grouped.
+    """
+    if variant.endswith("no fp32 promotion"):
+        fp8_linear.gemm = fp8_linear.gemm_wgrad = unpromoted
+        variant = "fp8, one scale a tensor"
     original: Callable[..., Any] = fp8_linear.quantized
 
     def quantized(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -154,10 +182,17 @@ class Losses:
         pass
 
 
-def train(variant: str, seed: int, data: Path, tokens: float) -> dict[str, Any]:
+def train_start(seed: int, data: Path, tokens: float, folder: Path) -> None:
+    """A network for others to start from: BF16, its rate not lowered."""
+    config = make_config("bf16", seed, data, folder, tokens, None)
+    constant = config.schedule.model_copy(update={"learning_rate": [Phase(value=4e-4)]})
+    Trainer(config.model_copy(update={"schedule": constant}), sinks=[Losses()]).run()
+
+
+def train(variant: str, seed: int, data: Path, tokens: float, start: Path | None) -> dict[str, Any]:
     losses = Losses()
     with TemporaryDirectory() as output, coarser(variant):
-        config = make_config(variant, seed, data, Path(output), tokens)
+        config = make_config(variant, seed, data, Path(output), tokens, start)
         Trainer(config, sinks=[losses]).run()
     return {
         "variant": variant,
@@ -213,13 +248,37 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     curves, differences = figure.subplots(1, 2)
     for row in rows:
         steps = [WINDOW * (index + 1) for index in range(len(row["losses"]))]
-        curves.plot(steps, row["losses"], label=row["variant"], linewidth=1)
-        differences.plot(steps, row["differences"], linewidth=1)
-    curves.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
-    curves.legend(fontsize=6)
+        seeds = len(row["by_seed_percent"])
+        label = f"{row['variant']} ({seeds} runs)"
+        differences.plot(steps, row["differences"], label=label, linewidth=1)
+        if seeds == len(rows[0]["by_seed_percent"]):  # the mean of other runs is another curve
+            curves.plot(steps, row["losses"], linewidth=1)
+    curves.set(xlabel="step", ylabel="loss (nats a token)")
+    differences.legend(fontsize=6)
     differences.axhspan(-0.25, 0.25, color="0.92")
-    differences.set(xlabel="step", ylabel="difference to bf16 (%)", ylim=(-1.5, 1.5))
+    differences.set(xlabel="step", ylabel="difference to bf16 (%)", ylim=(-0.5, 0.5))
     figure.savefig(path, dpi=150)
+
+
+class Pool:
+    """Runs this script once for each case, a case a GPU."""
+
+    def __init__(self) -> None:
+        self.free: Queue[int] = Queue()
+        for gpu in range(torch.cuda.device_count()):
+            self.free.put(gpu)
+        self.size = max(1, self.free.qsize())
+
+    def run(self, *arguments: object) -> str | None:
+        """The last line that the case printed; None if it failed."""
+        gpu = self.free.get()
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        command = [sys.executable, __file__, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        self.free.put(gpu)
+        print(*arguments[1:], "failed: " + done.stderr[-1500:] if done.returncode else "done")
+        sys.stdout.flush()
+        return None if done.returncode else done.stdout.splitlines()[-1]
 
 
 def main() -> None:
@@ -228,44 +287,51 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS])
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--tokens", type=float, default=6e7)
+    parser.add_argument("--start", type=float, default=0.0, help="tokens of BF16 before all others")
+    parser.add_argument("--folder", type=Path, default=Path("runs/fp8_loss"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=["start", *VARIANTS], help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        print(json.dumps(train(args.worker, args.seed, args.data, args.tokens)))
+    if args.worker == "start":
+        train_start(args.seed, args.data, args.start, args.folder / f"start-{args.seed}")
+        print("saved")
         return
-    free: Queue[int] = Queue()
-    for gpu in range(torch.cuda.device_count()):
-        free.put(gpu)
+    start = args.folder / f"start-{args.seed // 2}" if args.start and args.worker else None
+    if args.worker:
+        print(json.dumps(train(args.worker, args.seed, args.data, args.tokens, start)))
+        return
 
-    def run(case: tuple[int, str]) -> dict[str, Any] | None:
+    runs, pool = args.folder / "runs.jsonl", Pool()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    shared = ("--tokens", args.tokens, "--start", args.start, "--folder", args.folder)
+
+    def run(case: tuple[int, str]) -> None:
         seed, variant = case
-        gpu = free.get()
-        command = [sys.executable, __file__, str(args.data), "--worker", variant]
-        command += ["--seed", str(seed), "--tokens", str(args.tokens)]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        free.put(gpu)
-        if done.returncode:
-            print(f"{variant}, seed {seed} failed: {done.stderr[-1500:]}", flush=True)
-            return None
-        return json.loads(done.stdout.splitlines()[-1])
+        line = pool.run(args.data, "--worker", variant, "--seed", seed, *shared)
+        if line is not None and variant != "start":
+            with runs.open("a") as finished:
+                finished.write(line + "\n")
 
-    with ThreadPoolExecutor(free.qsize()) as pool:
+    with ThreadPoolExecutor(pool.size) as threads:
+        if args.start:
+            starts = [(number, "start") for number in range((args.seeds + 1) // 2)]
+            missing = [case for case in starts if not (args.folder / f"start-{case[0]}").exists()]
+            list(threads.map(run, missing))
+        known = map(json.loads, runs.read_text().splitlines()) if runs.exists() else []
+        ended = {(found["seed"], found["variant"]) for found in known}
         variants = ["bf16", *(name for name in args.variants if name != "bf16")]
         cases = [(seed, variant) for variant in variants for seed in range(args.seeds)]
-        runs = [found for found in pool.map(run, cases) if found is not None]
-    if not any(run["variant"] == "bf16" for run in runs):
-        raise SystemExit("without the bf16 run there is nothing to compare with")
-    rows = compare(runs)
+        list(threads.map(run, [case for case in cases if case not in ended]))
+    rows = compare([json.loads(line) for line in runs.read_text().splitlines()])
     for row in rows:
         print({k: v for k, v in row.items() if k not in ("losses", "differences")}, flush=True)
     if args.plot:
         plot(rows, args.plot)
     if args.json:
-        write_result(args.json, {"tokens": args.tokens, "window": WINDOW, "results": rows})
+        work = {"tokens": args.tokens, "tokens_before_in_bf16": args.start, "window": WINDOW}
+        write_result(args.json, {**work, "results": rows})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/generate_gpu.py [--batch 1 32 128 256] [--fp8] [--peer 128] [--json PATH]
 
 Prompts of 1,024 random tokens, 128 new tokens each, random weights. Prompts and decoding are timed
-apart, each as users meet it: requests go through the scheduler, tokens are read on the host.
+apart, each as users meet it: requests go through the scheduler, tokens are read on the host. The
+time of the network alone stands beside that of a step.
 """
 
 import argparse
@@ -51,20 +52,45 @@ def measure(engine: Engine, batch: int) -> tuple[float, float]:
     return batch * PROMPT / prompts, seconds / steps
 
 
-def profile(engine: Engine, batch: int) -> None:
-    """Where the device's time goes in twenty decode steps, and how long the host takes for one."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
+def half_way(engine: Engine, batch: int) -> None:
+    """Bring requests to the middle of their decoding."""
     params = SamplingParams(max_tokens=NEW, temperature=0.0)
     for prompt in torch.randint(engine.model.config.vocab_size, (batch, PROMPT)).tolist():
         engine.add(Request(prompt, params))
-    begun: set[Request] = set()
-    while len(begun) < batch:
-        begun.update(delta.request for delta in engine.step())
-    for _ in range(5):
+    while engine.stats.generated_tokens % (batch * NEW) < batch * NEW // 2:
         engine.step()
     torch.cuda.synchronize()
+
+
+@torch.inference_mode()
+def forward_seconds(engine: Engine, batch: int) -> float:
+    """The network alone, from tokens to logits, as a CUDA graph: the least a step can take."""
+    half_way(engine, batch)
+    runner, model = engine._runner, engine.model
+    slots = [sequence.slot for sequence in engine.scheduler.running]
+    line = runner.decoding(torch.tensor(slots, device="cuda"))
+    step = model.cached_step(runner.cache, line.groups, line.known)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model.logits(model.decode(line.tokens, step))
+    graph.replay()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(50):
+        graph.replay()
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / 50
+    while engine.has_work:
+        engine.step()
+    return seconds
+
+
+def profile(engine: Engine, batch: int) -> None:
+    """Where the device's time goes in twenty decode steps."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    half_way(engine, batch)
     with record(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(20):
             engine.step()
@@ -80,7 +106,7 @@ def profile(engine: Engine, batch: int) -> None:
 
 
 def ours(
-    model: Transformer, batch: int, rounds: int, drafts: int, profiled: bool
+    model: Transformer, batch: int, rounds: int, drafts: int, profiled: bool, invariant: bool
 ) -> dict[str, Any]:
     budget = 8192 + batch * (1 + drafts)
     tokens = batch * (PROMPT + NEW + 64)
@@ -90,17 +116,20 @@ def ours(
         cache_tokens=tokens,
         drafts=drafts,
         prefix_cache=False,
+        batch_invariant=invariant,
     )
     engine = Engine(model, None, config)
     measure(engine, batch)
     runs = [measure(engine, batch) for _ in range(rounds)]
     step = statistics.median(seconds for _, seconds in runs)
+    forward = forward_seconds(engine, batch)
     if profiled:
         profile(engine, batch)
     return {
         "batch": batch,
         "decode_tokens_per_second": round(batch / step, 1),
         "milliseconds_a_step": round(step * 1e3, 3),
+        "of_which_forward": round(forward * 1e3, 3),
         "prompt_tokens_per_second": round(statistics.median(speed for speed, _ in runs)),
         "accepted": engine.stats.accepted,
     }
@@ -135,6 +164,7 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--fp8", action="store_true", help="also with weights held in FP8 blocks")
+    parser.add_argument("--invariant", action="store_true", help="also in batch-invariant mode")
     parser.add_argument("--peer", type=int, help="also `transformers` at this batch")
     parser.add_argument("--profile", action="store_true", help="also list the kernels of a step")
     parser.add_argument("--json", type=Path)
@@ -143,10 +173,11 @@ def main() -> None:
     model = Transformer.create(config, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
     results: dict[str, Any] = {"prompt_tokens": PROMPT, "new_tokens": NEW, "drafts": args.drafts}
 
-    def run(name: str) -> None:
+    def run(name: str, invariant: bool = False) -> None:
         results[name] = []
         for batch in args.batch:
-            results[name].append(ours(model, batch, args.rounds, args.drafts, args.profile))
+            found = ours(model, batch, args.rounds, args.drafts, args.profile, invariant)
+            results[name].append(found)
             print(name, results[name][-1], flush=True)
 
     if args.peer:
@@ -156,6 +187,8 @@ def main() -> None:
     if args.fp8:
         hold_fp8(model)
         run("fp8")
+    if args.invariant:  # last, because the network stays so
+        run("batch-invariant", invariant=True)
     if args.json:
         write_result(args.json, results)
 

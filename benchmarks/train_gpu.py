@@ -24,6 +24,7 @@ from whalefall.config.train import OptimizerConfig
 from whalefall.model.loss import training_loss
 from whalefall.model.transformer import Transformer
 from whalefall.ops.fp8_linear import Recipe
+from whalefall.train.determinism import make_deterministic
 from whalefall.train.metrics import flops_per_token
 from whalefall.train.optimizer import AdamW
 
@@ -34,6 +35,8 @@ CONTENDERS = {
     "fp8-masters": "whalefall FP8, FP32 masters",
     "bf16-block": "whalefall BF16, same types, blocks recomputed",
     "fp8-selective": "whalefall FP8, same types, selective recompute",
+    "bf16-deterministic": "whalefall BF16, same types, deterministic",
+    "fp8-deterministic": "whalefall FP8, same types, deterministic",
     "peer": "transformers, grouped_mm experts",
     "peer-compiled": "transformers, grouped_mm experts, compiled",
 }
@@ -48,6 +51,8 @@ def network(name: str = "bench-6b") -> ModelConfig:
 
 def our_step(config: ModelConfig, contender: str) -> Callable[[torch.Tensor], torch.Tensor]:
     precision, _, extra = contender.partition("-")
+    if extra == "deterministic":
+        make_deterministic(True)
     model = Transformer.create(config, device="cuda", dtype=torch.bfloat16)
     if precision == "fp8":
         model.use_recipe(Recipe(fprop=True, dgrad=True, wgrad=True))

@@ -72,6 +72,7 @@ class Kind(NamedTuple):
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     fp8: bool = False
+    fp8_cache: bool = False
 
 
 @cache
@@ -120,6 +121,7 @@ def alone(kind: Kind, longest: int) -> list[tuple[Any, ...]]:
         config = EngineConfig(
             batch_invariant=True,
             cache_tokens=longest + PAGE,
+            fp8_cache=kind.fp8_cache,
             cuda_graphs=kind.dtype == torch.bfloat16,
         )
         Engine(network(kind), None, config).complete([request])
@@ -138,6 +140,7 @@ def crowd(kind: Kind, number: int, longest: int, most: int) -> Counter[str]:
         token_budget=running * (1 + drafts) + draw.choice([PAGE, 2 * PAGE, 4000]),
         cache_tokens=(longest // PAGE + draw.choice([1, 2, 2, 6])) * PAGE,
         prefix_cache=draw.random() < 0.7,
+        fp8_cache=kind.fp8_cache,
         cuda_graphs=kind.dtype == torch.bfloat16 and draw.random() < 0.8,
     )
     asked = draw.choices(range(len(requests(longest))), k=draw.randint(2, most))
@@ -194,6 +197,14 @@ def test_a_request_has_the_same_bits_in_any_crowd(part: int) -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_so_it_has_where_the_cache_is_fp8() -> None:
+    happened: Counter[str] = Counter()
+    for number in range(64, 77):
+        happened += crowd(Kind(fp8_cache=True), number, longest=72, most=3)
+    assert happened.keys() >= {"preempted", "cached", "accepted", "rejected"}
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_a_preempted_request_has_the_same_bits(drafts: int) -> None:
     """Two prompts of almost a page grow beyond it at the same time, and there are three pages."""
@@ -219,13 +230,15 @@ CUDA = [
     Kind("EVEN", "cuda", torch.bfloat16),
     Kind("WIDE", "cuda", torch.bfloat16),
     Kind("WIDE", "cuda", torch.bfloat16, fp8=True),
+    Kind("EVEN", "cuda", torch.bfloat16, fp8_cache=True),
+    Kind("WIDE", "cuda", torch.bfloat16, fp8_cache=True),
 ]
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("number", range(6))
-@pytest.mark.parametrize("kind", CUDA, ids=["plain", "wide", "fp8"])
+@pytest.mark.parametrize("kind", CUDA, ids=["plain", "wide", "fp8", "fp8-cache", "wide-fp8-cache"])
 def test_cuda_request_has_the_same_bits_in_any_crowd(kind: Kind, number: int) -> None:
     """In few rows and many, in one piece of its keys and in two, as a graph and in mixed steps."""
     crowd(kind, number, longest=690, most=40)

@@ -250,11 +250,9 @@ def test_impossible_configurations_are_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("fp8", ["", "weights", "cache"], ids=["bf16", "fp8", "fp8-cache"])
 @pytest.mark.parametrize("drafts", [0, 1, 3])
-def test_on_a_gpu_every_token_is_what_the_whole_network_finds_likely(
-    drafts: int, fp8: bool
-) -> None:
+def test_on_a_gpu_every_token_is_what_the_whole_network_finds_likely(drafts: int, fp8: str) -> None:
     """CUDA graphs, chunks, shared pages and speculation, a step ahead of the host, in BF16."""
     wide = {
         "hidden_size": 512,
@@ -271,9 +269,15 @@ def test_on_a_gpu_every_token_is_what_the_whole_network_finds_likely(
     model = Transformer.create(config, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
     right = Transformer.create(config, device="cuda", dtype=torch.float64)
     right.load_state_dict(model.state_dict())
-    if fp8:
+    if fp8 == "weights":
         hold_fp8(model)
-    settings_ = EngineConfig(max_running=6, token_budget=128, drafts=drafts, cache_tokens=40 * PAGE)
+    settings_ = EngineConfig(
+        max_running=6,
+        token_budget=128,
+        drafts=drafts,
+        cache_tokens=40 * PAGE,
+        fp8_cache=fp8 == "cache",
+    )
     engine = Engine(model, None, settings_)
     params = SamplingParams(max_tokens=40, temperature=0.0, logprobs=0, prompt_logprobs=0)
     off: list[Tensor] = []

@@ -15,7 +15,7 @@ from whalefall.model.cache import (
     multi_head_bytes_per_token,
 )
 from whalefall.model.transformer import Transformer
-from whalefall.ops.latent_attention import PAGE
+from whalefall.ops.latent_attention import PAGE, decode_latents
 
 LENGTH = 2 * PAGE + 9
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -37,13 +37,13 @@ def expected(model: Transformer, rows: Tensor) -> Tensor:
 class Sequences:
     """Sequences that go on by given numbers of tokens, their pages scattered over the cache."""
 
-    def __init__(self, model: Transformer, rows: Tensor, *, mtp: bool = False):
+    def __init__(self, model: Transformer, rows: Tensor, *, mtp: bool = False, fp8: bool = False):
         self.model, self.rows, self.lengths = model, rows, [0] * len(rows)
         positions = torch.arange(rows.shape[1] + PAGE)
         rotation = model.rotation(positions)
         count, dtype = -(-rows.shape[1] // PAGE), model.lm_head.weight.dtype
         pages = 2 + count * len(rows)
-        self.cache = LatentCache(model.config, pages, rotation, mtp=mtp, dtype=dtype)
+        self.cache = LatentCache(model.config, pages, rotation, mtp=mtp, dtype=dtype, fp8=fp8)
         order = torch.randperm(count * len(rows), generator=torch.Generator().manual_seed(1))
         self.pages = order.view(len(rows), count).int() + 1
 
@@ -68,6 +68,7 @@ def test_bytes_of_v3() -> None:
     config = ModelConfig()
     assert bytes_per_token(config) == 70_272
     assert bytes_per_token(config, torch.float32) == 2 * 70_272
+    assert bytes_per_token(config, fp8=True) == 61 * 656
     assert multi_head_bytes_per_token(config) == 61 * 2 * 128 * 128 * 2
 
 
@@ -75,6 +76,8 @@ def test_memory_is_what_bytes_per_token_says(model: Transformer) -> None:
     config = model.config
     cache = LatentCache(config, 3, model.rotation(torch.arange(9)), dtype=torch.bfloat16)
     assert cache.latents.nbytes == 3 * PAGE * bytes_per_token(config, torch.bfloat16)
+    fp8 = LatentCache(config, 3, cache.rotation, dtype=torch.bfloat16, fp8=True)
+    assert fp8.latents.nbytes == 3 * PAGE * bytes_per_token(config, fp8=True)
     with_mtp = LatentCache(config, 3, cache.rotation, mtp=True, dtype=torch.bfloat16)
     layers = config.num_hidden_layers
     assert with_mtp.latents.nbytes * layers == cache.latents.nbytes * (layers + 1)
@@ -160,6 +163,21 @@ def test_every_layer_keeps_its_own_latents(model: Transformer) -> None:
     sequences.go_on(([0], LENGTH))
     layers = sequences.cache.latents[:, sequences.pages[0, 0]]
     assert all(not torch.allclose(a, b) for a, b in pairwise(layers))
+
+
+def test_an_fp8_cache_holds_the_same_in_bytes(model: Transformer) -> None:
+    """In all layers, MTP's too; E4M3 moves a number by 1/16 at most, and later layers see that."""
+    plain, fp8 = (Sequences(model, tokens(2), mtp=True, fp8=fp8) for fp8 in (False, True))
+    for sequences in (plain, fp8):
+        lengths = torch.zeros(2, dtype=torch.int32)
+        group = Rows(LENGTH, lengths, sequences.pages, cached=0)
+        step = model.cached_step(sequences.cache, [group])
+        hidden = model.decode(sequences.rows.flatten(), step)
+        model.draft(0, hidden, sequences.rows.roll(-1, 1).flatten(), step)
+    found = decode_latents(fp8.cache.latents.flatten(0, 2), model.config.kv_lora_rank)
+    for own, right in zip(found.view_as(plain.cache.latents), plain.cache.latents, strict=True):
+        assert 0 < (own - right).norm() < right.norm() / 16
+        assert torch.equal(own == 0, right == 0)
 
 
 def test_drafts_continue_what_mtp_does_in_training(model: Transformer) -> None:

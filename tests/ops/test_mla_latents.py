@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from whalefall.ops.latent_attention import decode_latents, encode_latents, encoded_size
 from whalefall.ops.mla_latents import mla_latents, reference
 from whalefall.ops.rope import rotations
 
@@ -56,6 +57,37 @@ def test_by_hand() -> None:
     torch.testing.assert_close(store[0, 0], torch.tensor([1.0, 3.0, -2.0, 1.0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("sizes", [(5, 24, 16, 8), (3, 0, 192, 4), (1, 8, 512, 64), (0, 8, 16, 8)])
+def test_fp8_entries_are_encoded(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The numbers of an entry as a plain store has them in the type of the latents."""
+    *parts, rotation = problem(*sizes)
+    parts = [part if part is None else part.to(dtype) for part in parts]
+    tokens, _, latent, rope = sizes
+    slots, size = slots_of(tokens), encoded_size(latent + rope, latent)
+    store = torch.full((PAGES, PAGE, size), 7, dtype=torch.uint8)
+    plain = torch.zeros(PAGES, PAGE, latent + rope, dtype=dtype)
+    query = mla_latents(*parts, rotation, store, slots)
+    right = mla_latents(*parts, rotation, plain, slots)
+    assert (query is None and right is None) or torch.equal(query, right)
+    expected = torch.full_like(store, 7).flatten(0, 1)
+    expected[slots] = encode_latents(plain.flatten(0, 1)[slots], latent)
+    assert torch.equal(store.flatten(0, 1), expected)
+
+
+def test_fp8_entries_where_plain_ones_are_compiled() -> None:
+    """Sums in another order may turn the last bit of a scale or a number: 1/8 of it at most."""
+    inputs, slots = problem(5, 24, 16, 8), slots_of(5)
+    store = torch.zeros(PAGES, PAGE, encoded_size(24, 16), dtype=torch.uint8)
+    with torch.no_grad():
+        query = mla_latents(*inputs, store, slots)
+    right, entries = reference(*inputs)
+    torch.testing.assert_close(query, right)
+    found = decode_latents(store.flatten(0, 1)[slots], 16)
+    expected = decode_latents(encode_latents(entries, 16), 16)
+    torch.testing.assert_close(found, expected, rtol=1 / 8, atol=1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
@@ -90,6 +122,32 @@ def test_cuda_does_not_store_what_has_no_slot() -> None:
     torch.testing.assert_close(query, right)
     torch.testing.assert_close(store.flatten(0, 1)[[5, 2]], entries[[0, 2]])
     assert store.count_nonzero() == 2 * 24
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1536, 512, 64), (33, 1536, 512, 64), (9, 0, 512, 64), (4, 33, 192, 6), (5, 24, 16, 8)],
+)
+def test_cuda_encodes_fp8_entries(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    """To the bytes of the plain form on a CPU; what has no slot is not stored."""
+    *parts, rotation = problem(*sizes, device="cuda")
+    parts = [part if part is None else part.to(dtype) for part in parts]
+    tokens, query, latent, rope = sizes
+    parts[0][0, query + 3] = 1e4
+    parts[0][1:2] = 0
+    slots, size = slots_of(tokens, "cuda"), encoded_size(latent + rope, latent)
+    slots[2:3] = -1
+    store = torch.full((PAGES, PAGE, size), 7, dtype=torch.uint8, device="cuda")
+    plain = torch.zeros(PAGES, PAGE, latent + rope, dtype=dtype, device="cuda")
+    found = mla_latents(*parts, rotation, store, slots)
+    right = mla_latents(*parts, rotation, plain, slots)
+    assert (found is None and right is None) or torch.equal(found, right)
+    slots, plain = slots[slots >= 0].cpu(), plain.flatten(0, 1).cpu()
+    expected = torch.full(store.shape, 7, dtype=torch.uint8).flatten(0, 1)
+    expected[slots] = encode_latents(plain[slots], latent)
+    assert torch.equal(store.flatten(0, 1).cpu(), expected)
 
 
 @pytest.mark.gpu

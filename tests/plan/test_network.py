@@ -1,13 +1,9 @@
 """Networks: sizes from their constructions, the published table, and messages over them."""
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from whalefall.cli.plan import plan_app
 from whalefall.errors import UserError
 from whalefall.plan.hardware import Link
 from whalefall.plan.network import (
@@ -128,31 +124,3 @@ def test_money_is_switches_and_cables():
     dollars = {it.topology.name: it.dollars for it in found.plans}
     assert dollars["ft2"] == 24e6 + 512e3
     assert dollars["dragonfly"] == 32e6 + 496
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--endpoints 300000", "dragonfly connects at most 262,656 endpoints, not 300,000"),
-        ("--endpoints 0", "at least 1"),
-        ("--endpoints -7", "at least 1"),
-        ("--mib 0", "more than 0"),
-        ("--switch-price -1", "price switch is -1"),
-        ("--gpu h801", "did you mean"),
-    ],
-)
-def test_what_is_wrong_is_told_in_a_line(words, message):
-    result = CliRunner().invoke(plan_app, ["network", *words.split()])
-    with pytest.raises(UserError, match=message):
-        raise result.exception
-
-
-def test_the_command_prints_tables_and_json():
-    shown = CliRunner().invoke(plan_app, ["network"], env={"COLUMNS": "120"}).output
-    for figure in ("16,352", "384,272", "1,522", "7.50", "1024 cores"):
-        assert figure in shown
-    found = json.loads(
-        CliRunner().invoke(plan_app, ["network", "--endpoints", "4096", "--json"]).output
-    )
-    assert found["networks"]["mpft"]["topology"]["switches"] == 192
-    assert found["too_small"].keys() == {"ft2"}

@@ -1,11 +1,7 @@
 """Serving: the cache, what fits, how fast it is, the network's limit, and a day's account."""
 
-import json
-
 import pytest
-from typer.testing import CliRunner
 
-from whalefall.cli.plan import plan_app
 from whalefall.errors import UserError
 from whalefall.plan.architecture import GroupedAttention
 from whalefall.plan.decode import NetworkLimit, decode_step, exchange_seconds, network_limit
@@ -13,8 +9,7 @@ from whalefall.plan.hardware import load_hardware
 from whalefall.plan.models import architecture_of, model_names
 from whalefall.plan.prefill import prefill
 from whalefall.plan.serving import Day, Prices, Traffic, plan_serving
-from whalefall.plan.unit import Cache, Unit, fewest_redundant, kind_of, layer_bytes, variants
-from whalefall.plan.units import GIB
+from whalefall.plan.unit import Unit, fewest_redundant, kind_of, layer_bytes, token_bytes, variants
 
 V3 = architecture_of("v3-671b")
 EXPERTS = V3.mtp_layer.feed_forward
@@ -23,8 +18,7 @@ EXPERTS = V3.mtp_layer.feed_forward
 def unit(gpus: int = 1, gpu: str = "h800", model: str = "v3-671b", **changes) -> Unit:
     network = architecture_of(model)
     values = {"weights": "fp8", "redundant": fewest_redundant(network.routed_experts, gpus)}
-    cache = Cache(network, changes.pop("cache", "bf16"), changes.pop("window", None))
-    return Unit(network, load_hardware(gpu), cache, gpus=gpus, **{**values, **changes})
+    return Unit(network, load_hardware(gpu), gpus=gpus, **{**values, **changes})
 
 
 # Cache
@@ -35,12 +29,12 @@ def unit(gpus: int = 1, gpu: str = "h800", model: str = "v3-671b", **changes) ->
     [("v3-671b", 70_272), ("qwen-2.5-72b", 327_680), ("llama-3.1-405b", 516_096)],
 )
 def test_bytes_a_token_as_published(model, size):
-    assert Cache(architecture_of(model)).bytes_per_token == size
+    assert token_bytes(architecture_of(model)) == size
 
 
 def test_an_fp8_latent_has_scales_and_a_bf16_key():
     assert layer_bytes(V3.mtp_layer.attention, "fp8") == 512 + 16 + 128 == 656
-    assert Cache(V3, "fp8").bytes_per_token == 61 * 656
+    assert token_bytes(V3, "fp8") == 61 * 656
     grouped = GroupedAttention(heads=64, kv_heads=8, head_dim=128)
     assert layer_bytes(grouped, "fp8") == 2 * 8 * (128 + 4)
 
@@ -224,50 +218,3 @@ def test_income_and_cost_are_linear():
 def test_a_prompt_and_half_an_answer_are_the_mean_context():
     traffic = Traffic(300, 100, 0)
     assert traffic.prompt_of(700) == 600
-
-
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("nothing --gpu h800", "is no model"),
-        ("v3-671b --gpu h80", "did you mean h800"),
-        ("v3-671b --gpu h800 --gpus 8", "20.7 GiB more.*nearest that fits one is 16 GPUs"),
-        ("v3-671b --gpu h800 --gpus 16 --batch 500", "GiB more than can be used; 54 such"),
-        ("v3-671b --gpu h800 --gpus 144 --redundant 31", "32 redundant ones do"),
-        ("v3-671b --gpu h800 --gpus 144 --tp 5", "tp 5 must divide the 144 GPUs"),
-        ("v3-671b --gpu h800 --gpus 144 --tp 16", "within a node of 8"),
-        ("qwen-2.5-72b --gpu h800 --redundant 2", "qwen-2.5-72b has 0"),
-        ("llama-3.1-405b --gpu rtx-4090", "no unit of up to 4,096"),
-        ("v3-671b --gpu a100 --weights fp8", "has no fp8"),
-        ("v3-671b --gpu h800 --batch -1", "batch is -1"),
-        ("v3-671b --gpu h800 --gpus 0", "gpus is 0"),
-        ("v3-671b --gpu h800 --context 0", "context is 0"),
-        ("v3-671b --gpu h800 --window 0", "window is 0"),
-        ("v3-671b --gpu h800 --slowest-ms -1", "must be above 0"),
-        ("v3-671b --gpu h800 --hit-rate 1", "hit rate is 1"),
-        ("v3-671b --gpu h800 --price-miss -0.1", "price miss is -0.1"),
-        ("v3-671b --gpu h800 --output-tokens nan", "output_tokens is nan"),
-    ],
-)
-def test_what_is_wrong_is_told_in_a_line(words, message):
-    result = CliRunner().invoke(plan_app, ["serve", *words.split()])
-    assert isinstance(result.exception, UserError)
-    assert "\n" not in str(result.exception)
-    with pytest.raises(UserError, match=message):
-        raise result.exception
-
-
-def test_the_command_prints_tables_and_json():
-    words = ["serve", "v3-671b", "--gpu", "h800", "--gpus", "144", "--prefill-gpus", "32"]
-    shown = CliRunner().invoke(plan_app, words, env={"COLUMNS": "120"}).output
-    for figure in ("70,272", "120.96", "14.76", "87,072", "545%", "open-infra-index"):
-        assert figure in shown
-    found = json.loads(CliRunner().invoke(plan_app, [*words, "--json"]).output)
-    assert found["cache"]["bytes_per_token"] == 70_272
-    assert found["published_day"]["cost"] == 87_072
-    assert found["decode"]["seconds"] == pytest.approx(sum(found["decode"]["parts"].values()))
-    assert found["decode_unit"]["weight_gib"]["attention"] * GIB > 1e10
-    assert [it["tuned"] for it in found["assumptions"]].count(True) == 1

@@ -150,17 +150,16 @@ def plan_network(
     html: Html = None,
 ) -> None:
     """Compare networks: FT2, MPFT, FT3, Slim Fly and Dragonfly, by size, cost and speed."""
-    from whalefall.plan.answers import network_report, plan_networks
+    from whalefall.plan.answers import network_report
+    from whalefall.plan.hardware import load_hardware
+    from whalefall.plan.network_cost import LATENCIES, UnitPrices, compare_networks
 
-    found = plan_networks(
+    found = compare_networks(
         endpoints,
-        gpu,
-        latency,
-        mib,
-        switch=switch_price,
-        link=link_price,
-        short_link=short_link_price,
-        endpoint=endpoint_price,
+        card=load_hardware(gpu).nic,
+        size=mib * 2**20,
+        latencies=LATENCIES[latency],
+        prices=UnitPrices(switch_price, link_price, short_link_price, endpoint_price),
     )
     show(network_report(found), as_json, html)
 
@@ -262,5 +261,5 @@ def plan_schedules(
     )
     found, refused = plan_schedules(pp, micro_batches, kind, times)
     if drawing is not None:
-        write(drawing, draw(found[0].timeline))
+        write(drawing, draw(found[0]))
     show(schedule_report(found, refused, pictures=html is not None), as_json, html)

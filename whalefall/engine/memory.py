@@ -4,6 +4,7 @@ import torch
 
 from whalefall.config.engine import EngineConfig
 from whalefall.errors import UserError
+from whalefall.model.cache import entry_bytes
 from whalefall.model.transformer import Transformer
 from whalefall.ops.latent_attention import PAGE
 
@@ -19,7 +20,7 @@ def pages_that_fit(model: Transformer, config: EngineConfig) -> int:
     layers = model.config.num_hidden_layers
     if config.drafts:
         layers += len(model.mtp_modules)
-    page = PAGE * layers * model.config.latent_dim * weight.element_size()
+    page = PAGE * layers * entry_bytes(model.config, weight.dtype, fp8=config.fp8_cache)
     if config.cache_tokens is not None:
         return -(-config.cache_tokens // PAGE)
     if weight.is_cuda:

@@ -70,6 +70,7 @@ class Runner:
             model.rotation(torch.arange(self.slots.positions, device=device)),
             mtp=config.drafts > 0,
             dtype=model.lm_head.weight.dtype,
+            fp8=config.fp8_cache,
         )
         self.settings = RowSettings(config.max_running, model.config.vocab_size, device)
         self.graphs = Graphs(self.slots) if config.cuda_graphs and device.type == "cuda" else None

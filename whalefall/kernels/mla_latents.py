@@ -4,6 +4,9 @@ Two programs a token, each holding its part of the row: one norms the query late
 the key-value latent, turns the shared key and writes both to the token's slot of the cache. A
 token's row is read once and written once, 8 KB in BF16 for V3's sizes: at decoding's few tokens
 the launch is the cost, and at a prefill's many memory is.
+
+An FP8 entry is made of what would be stored in the type of the latents, so its bytes are those of
+``encode_latents``; 128 numbers that share a scale are four of each thread of a warp.
 """
 
 from functools import cache
@@ -15,6 +18,8 @@ from torch import Tensor
 
 from whalefall.kernels.mla_heads import _pairs, _turn
 
+_TILE = tl.constexpr(128)  # numbers that share a scale
+
 
 @triton.jit
 def _normed(x_ptr, weight_ptr, column, DIM: tl.constexpr, eps):
@@ -23,6 +28,17 @@ def _normed(x_ptr, weight_ptr, column, DIM: tl.constexpr, eps):
     x = tl.load(x_ptr + column, mask=inside, other=0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0).to(tl.float32)
     return x * tl.rsqrt(tl.sum(x * x, 0) / DIM + eps) * weight
+
+
+@triton.jit
+def _encoded(x, COLUMNS: tl.constexpr):
+    """The bits of E4M3 and the scales of x, in tiles as ``kernels.quantize`` has them."""
+    TILES: tl.constexpr = (COLUMNS + _TILE - 1) // _TILE
+    tiles = tl.reshape(x.to(tl.float32), [TILES, COLUMNS // TILES])
+    scales = tl.div_rn(tl.max(tl.abs(tiles), 1), 448.0)
+    scales = tl.where(scales > 0, tl.maximum(scales, 2.0**-126), 1.0)
+    codes = tl.div_rn(tiles, scales[:, None]).to(tl.float8e4nv)
+    return tl.reshape(codes.to(tl.uint8, bitcast=True), [COLUMNS]), scales, tl.arange(0, TILES)
 
 
 @triton.jit
@@ -36,7 +52,6 @@ def _latents_kernel(
     row = joint_ptr + token * joint_stride
     if tl.program_id(1) == 0:
         slot = tl.load(slots_ptr + token).to(tl.int64)
-        entry = store_ptr + slot * (LATENT + ROPE)
         rope = tl.arange(0, ROPE_COLUMNS)[None, :]
         turn = tl.load(rotation_ptr + token * rotation_stride + rope, mask=rope < ROPE)
         key = tl.load(row + QUERY + LATENT + rope, mask=rope < ROPE)
@@ -44,9 +59,21 @@ def _latents_kernel(
         latent = _normed(row + QUERY, kv_weight_ptr, column, LATENT, eps)
         real, imaginary = _pairs(turn)
         key = _turn(key, real, imaginary)
+        in_latent, in_rope = (column < LATENT) & (slot >= 0), (rope < ROPE) & (slot >= 0)
         dtype = store_ptr.dtype.element_ty
-        tl.store(entry + column, latent.to(dtype), mask=(column < LATENT) & (slot >= 0))
-        tl.store(entry + LATENT + rope, key.to(dtype), mask=(rope < ROPE) & (slot >= 0))
+        if dtype == tl.uint8:
+            codes, scales, tile = _encoded(latent.to(joint_ptr.dtype.element_ty), LATENT_COLUMNS)
+            TILES: tl.constexpr = (LATENT + _TILE - 1) // _TILE
+            entry = store_ptr + slot * (LATENT + 4 * TILES + 2 * ROPE)
+            scales_at = (entry + LATENT).to(tl.pointer_type(tl.float32)) + tile
+            key_at = (entry + LATENT + 4 * TILES).to(tl.pointer_type(tl.bfloat16)) + rope
+            tl.store(entry + column, codes, mask=in_latent)
+            tl.store(scales_at, scales, mask=(tile < TILES) & (slot >= 0))
+            tl.store(key_at, key.to(tl.bfloat16), mask=in_rope)
+        else:
+            entry = store_ptr + slot * (LATENT + ROPE)
+            tl.store(entry + column, latent.to(dtype), mask=in_latent)
+            tl.store(entry + LATENT + rope, key.to(dtype), mask=in_rope)
     elif q_weight_ptr is not None:
         index = tl.arange(0, QUERY_COLUMNS)
         query = _normed(row, q_weight_ptr, index, QUERY, eps)
@@ -65,7 +92,8 @@ def forward(
 ) -> Tensor | None:
     """Query latents [tokens, q_lora] from joint [tokens, q_lora + kv_lora + rope]; fills store.
 
-    rotation complex [tokens, rope/2], store [pages, page, kv_lora + rope], slots [tokens].
+    rotation complex [tokens, rope/2], store [pages, page, kv_lora + rope], or bytes in place of
+    these numbers, slots [tokens].
     """
     tokens, rope = len(joint), 2 * rotation.shape[-1]
     joint = joint if joint.stride(-1) == 1 else joint.contiguous()

@@ -12,7 +12,7 @@ shared rotary key are cached. Two forms compute the same thing:
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Complex, Float
+from jaxtyping import Bool, Complex, Float, Shaped
 from torch import Tensor, nn
 
 from whalefall.config.model import ModelConfig
@@ -21,7 +21,7 @@ from whalefall.model.linear import Linear
 from whalefall.model.norm import RMSNorm
 from whalefall.ops.absorb import absorb_query, unfold_values
 from whalefall.ops.attention import attention
-from whalefall.ops.latent_attention import latent_attention
+from whalefall.ops.latent_attention import decode_latents, latent_attention
 from whalefall.ops.mla_heads import mla_heads
 from whalefall.ops.mla_latents import mla_latents
 from whalefall.ops.prompt_attention import prompt_attention
@@ -109,11 +109,13 @@ class LatentAttention(nn.Module):
         self,
         q: Float[Tensor, "tokens heads qk"],
         rotation: Complex[Tensor, "tokens half"],
-        store: Float[Tensor, "pages page latent"],
+        store: Shaped[Tensor, "pages page size"],
         prompts: Prompts,
     ) -> Float[Tensor, "tokens values"]:
         """Keys and values are expanded from the latents of whole prompts, as far as they are."""
-        latents = store.view(-1, self.config.latent_dim)[prompts.key_slots]
+        latents = store.flatten(0, 1)[prompts.key_slots]
+        if latents.dtype == torch.uint8:
+            latents = decode_latents(latents, self.config.kv_lora_rank, q.dtype)
         compressed, k_rope = latents.tensor_split([self.config.kv_lora_rank], -1)
         kv = self.kv_b_proj(compressed).unflatten(-1, (self.config.num_attention_heads, -1))
         ends = prompts.query_ends, prompts.key_ends
@@ -123,7 +125,7 @@ class LatentAttention(nn.Module):
         self,
         q: Float[Tensor, "tokens heads qk"],
         rotation: Complex[Tensor, "tokens half"],
-        store: Float[Tensor, "pages page latent"],
+        store: Shaped[Tensor, "pages page size"],
         rows: Rows,
         plan: Tensor | None,
     ) -> Float[Tensor, "tokens values"]:

@@ -13,14 +13,26 @@ from jaxtyping import Complex, Int
 from torch import Tensor
 
 from whalefall.config.model import ModelConfig
+from whalefall.errors import UserError
 from whalefall.ops.decode_places import Places, cache_entries
-from whalefall.ops.latent_attention import PAGE, plan_attention
+from whalefall.ops.latent_attention import PAGE, encoded_size, plan_attention
 from whalefall.ops.transfer import sent
 
 
-def bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> int:
+def entry_bytes(
+    config: ModelConfig, dtype: torch.dtype = torch.bfloat16, *, fp8: bool = False
+) -> int:
+    """Cache bytes of a token in one layer."""
+    if fp8:
+        return encoded_size(config.latent_dim, config.kv_lora_rank)
+    return config.latent_dim * dtype.itemsize
+
+
+def bytes_per_token(
+    config: ModelConfig, dtype: torch.dtype = torch.bfloat16, *, fp8: bool = False
+) -> int:
     """Cache bytes of a token over all layers: 70,272 for V3 in BF16 (arXiv 2505.09343, table 1)."""
-    return config.num_hidden_layers * config.latent_dim * dtype.itemsize
+    return config.num_hidden_layers * entry_bytes(config, dtype, fp8=fp8)
 
 
 def multi_head_bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -30,7 +42,11 @@ def multi_head_bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.b
 
 
 class LatentCache:
-    """The latents of every layer, MTP's last, and the rotary turns of every position."""
+    """The latents of every layer, MTP's last, and the rotary turns of every position.
+
+    ``dtype`` is the network's. With ``fp8`` a latent is bytes, as ``encode_latents`` makes them.
+    Raises UserError where network or GPU do not suit that.
+    """
 
     def __init__(
         self,
@@ -40,11 +56,17 @@ class LatentCache:
         *,
         mtp: bool = False,
         dtype: torch.dtype = torch.float32,
+        fp8: bool = False,
     ):
+        if fp8:
+            _check_fp8(config, rotation.device)
         layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
-        shape = (layers, pages, PAGE, config.latent_dim)
-        self.latents = torch.zeros(shape, device=rotation.device, dtype=dtype)
+        kept = torch.uint8 if fp8 else dtype
+        size = entry_bytes(config, dtype, fp8=fp8) // kept.itemsize
+        shape = (layers, pages, PAGE, size)
+        self.latents = torch.zeros(shape, device=rotation.device, dtype=kept)
         self.rotation = rotation
+        self.dtype = dtype
 
 
 @dataclass(frozen=True)
@@ -126,7 +148,7 @@ class CachedStep:
         else:
             slots, rotation = places.entries, places.rotation
         absorbed = [rows for rows in groups if rows.cached is None]
-        plans = [_plan(rows, heads, cache.latents.dtype) for rows in absorbed]
+        plans = [_plan(rows, heads, cache.dtype) for rows in absorbed]
         prompts = Prompts.of(groups[len(absorbed) :])
         return cls(cache, absorbed, plans, prompts, slots, rotation)
 
@@ -137,6 +159,19 @@ class CachedStep:
         )
         for rows, slots, rotation, plan in parts:
             yield replace(self, groups=[rows], slots=slots, rotation=rotation, plans=[plan])
+
+
+def _check_fp8(config: ModelConfig, device: torch.device) -> None:
+    if config.kv_lora_rank % 4:
+        raise UserError(
+            "an FP8 cache needs a kv_lora_rank that is a multiple of 4, and this network's is "
+            f"{config.kv_lora_rank}: use fp8_cache=false"
+        )
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(
+            "an FP8 cache needs a GPU of compute capability 8.9 or more, and "
+            f"{torch.cuda.get_device_name(device)} has less: use fp8_cache=false"
+        )
 
 
 def _places(rows: Rows) -> tuple[Tensor, Tensor]:

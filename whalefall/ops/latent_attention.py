@@ -119,8 +119,15 @@ def encode_latents(
     """As the FP8 form of the cache holds them: 656 bytes of 576 numbers."""
     tiles = quantize_tiles(latent[:, :value_dim].contiguous())
     rotated = latent[:, value_dim:].to(torch.bfloat16)
-    parts = (tiles.values, tiles.scales.T, rotated)
-    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], -1)
+    parts = [tiles.values, tiles.scales.T, rotated]
+    # A copy, because no rows are contiguous with any strides, and those cannot be viewed as bytes.
+    parts = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+    return torch.cat([part.view(torch.uint8) for part in parts], -1)
+
+
+def encoded_size(latent: int, value_dim: int = 512) -> int:
+    """Bytes of an encoded token of ``latent`` numbers."""
+    return value_dim + 4 * -(-value_dim // TILE) + 2 * (latent - value_dim)
 
 
 def decode_latents(
@@ -129,7 +136,7 @@ def decode_latents(
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "tokens latent"]:
     """What the encoded latents say, with one rounding to ``dtype``."""
-    scaled = value_dim + 4 * -(-value_dim // TILE)
+    scaled = encoded_size(value_dim, value_dim)
     values = encoded[:, :value_dim].view(torch.float8_e4m3fn)
     scales = encoded[:, value_dim:scaled].contiguous().view(torch.float32)
     rotated = encoded[:, scaled:].contiguous().view(torch.bfloat16)

@@ -7,10 +7,11 @@ kernel.
 """
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Complex, Float, Int, Shaped
 from torch import Tensor
 
 from whalefall.ops.function import runs_cpu_kernel, runs_kernel
+from whalefall.ops.latent_attention import encode_latents
 from whalefall.ops.rms_norm import reference as norm
 from whalefall.ops.rms_norm import rms_norm
 from whalefall.ops.rope import rotate
@@ -21,28 +22,31 @@ def mla_latents(
     q_weight: Float[Tensor, "q_lora"] | None,
     kv_weight: Float[Tensor, "kv_lora"],
     rotation: Complex[Tensor, "tokens half"],
-    store: Float[Tensor, "pages page latent"],
+    store: Shaped[Tensor, "pages page size"],
     slots: Int[Tensor, "tokens"],
     eps: float = 1e-6,
 ) -> Float[Tensor, "tokens q_lora"] | None:
     """The normed query latent of each token; its entry of the cache is written on the way.
 
     A row of ``joint`` is [query latent, key-value latent, shared key]; without ``q_weight`` it has
-    no query latent, and none is returned. ``store``, contiguous, has a row of ``latent`` numbers
-    for each slot: token t's goes to ``slots[t]``. Slots differ, but on CUDA a token whose slot is
-    below 0 is not stored: the padding of a CUDA graph. Norms and turns are taken in FP32.
+    no query latent, and none is returned. ``store``, contiguous, has a row for each slot: the
+    entry's numbers, or as uint8 what ``encode_latents`` makes of them in the type of ``joint``.
+    Token t's goes to ``slots[t]``. Slots differ, but on CUDA a token whose slot is below 0 is not
+    stored: the padding of a CUDA graph. Norms and turns are taken in FP32.
     """
-    if runs_kernel(joint, kv_weight, store):
+    is_fp8 = store.dtype == torch.uint8
+    if runs_kernel(joint, kv_weight) and (is_fp8 or runs_kernel(store)):
         from whalefall.kernels import mla_latents as kernel
 
         return kernel.forward(joint, q_weight, kv_weight, rotation, store, slots, eps)
-    if runs_cpu_kernel(joint, kv_weight):
+    if runs_cpu_kernel(joint, kv_weight) and store.dtype == joint.dtype:
         from whalefall.kernels.cpu import mla
 
         return mla.mla_latents(joint, q_weight, kv_weight, rotation, store, slots, eps)
     query, latent, key = _split(joint, q_weight, kv_weight, rotation)
     entry = torch.cat([rms_norm(latent, kv_weight, eps), rotate(key, rotation)], -1)
-    store.view(-1, store.shape[-1]).index_copy_(0, slots, entry.type_as(store))
+    kept = encode_latents(entry, len(kv_weight)) if is_fp8 else entry.type_as(store)
+    store.view(-1, store.shape[-1]).index_copy_(0, slots, kept)
     return None if q_weight is None else rms_norm(query, q_weight, eps)
 
 

@@ -2,8 +2,8 @@
 
 The network is cut into stages. Every micro-batch goes forward through all of them in order and
 backward in reverse; a schedule says in which order each rank does its share: a list of steps per
-rank, which a pipeline executes as it stands, a simulator times (``plan/schedules.py``) and a picture
-shows (``plan/schedule_drawing.py``). ``build_schedule.py`` writes the lists.
+rank, which a pipeline executes as it stands, a simulator times (``plan/schedules.py``) and a
+picture shows (``plan/schedule_drawing.py``). ``build_schedule.py`` writes the lists.
 
 To execute a list, take its steps in order. Before a pass, receive what its ``source`` makes;
 after it, send to its ``target`` without waiting (neither where that is the rank itself). ``check``

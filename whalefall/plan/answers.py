@@ -3,7 +3,7 @@
 The words are in ``reports/``.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from whalefall.errors import UserError
@@ -19,10 +19,10 @@ from whalefall.plan.cost import (
 )
 from whalefall.plan.decode import NetworkLimit
 from whalefall.plan.flops import forward_flops, training_flops
-from whalefall.plan.hardware import COMMUNICATING, load_hardware
+from whalefall.plan.hardware import COMMUNICATING
 from whalefall.plan.layout import RECOMPUTES
 from whalefall.plan.memory import Memory
-from whalefall.plan.network_cost import LATENCIES, Comparison, UnitPrices, compare_networks
+from whalefall.plan.network_cost import Comparison, compare_networks
 from whalefall.plan.plot import bars, curve
 from whalefall.plan.report import Report, pick, plain, report
 from whalefall.plan.schedule_drawing import draw
@@ -30,7 +30,7 @@ from whalefall.plan.schedules import SchedulePlan, Times, plan_schedule
 from whalefall.plan.search import Answer, plan_training
 from whalefall.plan.serving import Day, ServingPlan, plan_serving
 from whalefall.plan.training import TrainingPlan
-from whalefall.plan.unit import EXCHANGE_START, RESERVE, Unit, variants
+from whalefall.plan.unit import EXCHANGE_START, RESERVE, Unit, token_bytes, variants
 from whalefall.plan.units import GIB
 
 LONG = 131072
@@ -44,47 +44,44 @@ PUBLISHED_LIMITS = {
 
 def training_report(answer: Answer) -> Report:
     plan = answer.plan
-    setting, network = plan.setting, plan.setting.architecture
-    memories = {it: plan.recomputing(it) for it in RECOMPUTES}
     plots = {
         "memory": bars({f"rank {at}": _held(it) for at, it in enumerate(plan.memory)}, unit="GiB"),
         "layouts": bars({f"{at}.": _busy(it) for at, it in enumerate(answer.best, 1)}, unit="s"),
     }
-    values: dict[str, Any] = {
-        "parameters": plain(network.parameters()),
-        "flops": forward_flops(network, setting.sequence),
-        "training_flops": {
-            "causal": training_flops(network, setting.sequence),
-            "non_causal": training_flops(network, setting.sequence, causal=False),
-        },
-        "memories": {choice: it.memory[it.fullest] for choice, it in memories.items()},
-        "phases": {**plain(plan.step.phases), "optimizer": plan.step.optimizer},
-    }
-    seen = {"answer": answer, "plan": plan, "setting": setting, "communicating": COMMUNICATING}
-    return report("train", _training_numbers(answer, **values), plots, **seen, **values)
+    values = {"plan": plan, "setting": plan.setting, "communicating": COMMUNICATING}
+    return report("train", _training_numbers(answer), plots, answer=answer, **values)
 
 
-def _training_numbers(answer: Answer, **more: Any) -> dict[str, Any]:
+def _training_numbers(answer: Answer) -> dict[str, Any]:
     plan, setting = answer.plan, answer.plan.setting
+    network, sequence = setting.architecture, setting.sequence
+    flops = forward_flops(network, sequence)
+    memories = {choice: plan.recomputing(choice) for choice in RECOMPUTES}
     return {
-        "model": setting.architecture.name,
+        "model": network.name,
         "gpu": setting.hardware.name,
         **_summary(plan),
         **pick(setting, "sequence", "batch_rows"),
-        "parameters": more["parameters"],
-        "forward_flops_per_token": {**more["flops"], "total": sum(more["flops"].values())},
-        "training_flops_per_token": more["training_flops"],
+        "parameters": plain(network.parameters()),
+        "forward_flops_per_token": {**flops, "total": sum(flops.values())},
+        "training_flops_per_token": {
+            "causal": training_flops(network, sequence),
+            "non_causal": training_flops(network, sequence, causal=False),
+        },
         "stages": [len(stage.layers) for stage in plan.stages],
         "memory_gib": {
             "usable": plan.usable_gib,
             "by_rank": [memory.total / GIB for memory in plan.memory],
             "fullest_rank": plan.fullest,
             "by_recompute": {
-                choice: {name: size / GIB for name, size in plain(memory).items()}
-                for choice, memory in more["memories"].items()
+                choice: {name: size / GIB for name, size in plain(it.memory[it.fullest]).items()}
+                for choice, it in memories.items()
             },
         },
-        "step_seconds": {"phases": more["phases"], **pick(plan.step, "parts", "total")},
+        "step_seconds": {
+            "phases": {**plain(plan.step.phases), "optimizer": plan.step.optimizer},
+            **pick(plan.step, "parts", "total"),
+        },
         **pick(plan, "tokens", "tokens_per_second", "tokens_per_day", "gpu_hours"),
         **pick(plan, "megawatt_hours", "fits", "missing_gib"),
         "tflops": {"causal": plan.tflops(causal=True), "non_causal": plan.tflops(causal=False)},
@@ -135,9 +132,6 @@ def _busy(plan: TrainingPlan) -> dict[str, float]:
 
 def serving_report(plan: ServingPlan) -> Report:
     unit, decode, steps = plan.unit, plan.decode, plan.by_batch
-    limits = PUBLISHED_LIMITS | (
-        {"this plan, nothing else counted": plan.limit} if plan.limit else {}
-    )
     caches = {it.name: it.sequence_bytes(LONG) / GIB for it in variants(unit.architecture)}
     speeds = [(step.tokens_per_second, step.gpu_tokens_per_second) for step in steps]
     here = (decode.tokens_per_second, decode.gpu_tokens_per_second)
@@ -148,12 +142,12 @@ def serving_report(plan: ServingPlan) -> Report:
         "prefill": bars({"": {k: 1e6 * it for k, it in plan.prefill.parts.items()}}, unit="us"),
     }
     constants = {"long": LONG, "reserve": RESERVE, "exchange_start": EXCHANGE_START}
-    seen = {"plan": plan, "variants": variants(unit.architecture), "limits": limits}
-    return report("serve", _serving_numbers(plan), plots, published=Day(), **seen, **constants)
+    values = {"plan": plan, "variants": variants(unit.architecture), "published": Day()}
+    return report("serve", _serving_numbers(plan), plots, **values, **constants)
 
 
 def _serving_numbers(plan: ServingPlan) -> dict[str, Any]:
-    cache, found = plan.unit.cache, variants(plan.unit.architecture)
+    unit, found = plan.unit, variants(plan.unit.architecture)
     own = found[0].bytes_per_token
     return {
         "model": plan.unit.architecture.name,
@@ -161,7 +155,9 @@ def _serving_numbers(plan: ServingPlan) -> dict[str, Any]:
         "decode_unit": _unit_numbers(plan.unit),
         "prefill_unit": _unit_numbers(plan.prefill_unit),
         "cache": {
-            **pick(cache, "format", "window", "bytes_per_token"),
+            "format": unit.cache,
+            "window": unit.window,
+            "bytes_per_token": token_bytes(unit.architecture, unit.cache),
             "variants": [{**plain(it), "times": it.bytes_per_token / own} for it in found],
         },
         **pick(plan, "context", "batch", "decode", "prefill", "by_batch", "by_context"),
@@ -205,7 +201,8 @@ def cost_report(plan: Programme) -> Report:
     }
     plots = {"programme": bars(cases, unit="M$")}
     pre_training = OFFICIAL_HOURS["pre-training"]
-    values = {
+    numbers = {
+        "programme": plan,
         "official": official(plan.hardware),
         "official_pre_training": {
             "days": pre_training / 2048 / 24,
@@ -214,11 +211,11 @@ def cost_report(plan: Programme) -> Report:
         },
         "comparisons": comparisons(plan.rent),
     }
-    return report("cost", {"programme": plan, **values}, plots, plan=plan, run=run, **values)
+    return report("cost", numbers, plots, plan=plan, run=run)
 
 
 def schedule_report(
-    found: list[SchedulePlan], refused: Iterable[str] = (), *, pictures: bool = False
+    found: list[SchedulePlan], refused: Sequence[str] = (), *, pictures: bool = False
 ) -> Report:
     """
     Args:
@@ -226,40 +223,21 @@ def schedule_report(
         refused: why other schedules are not among them.
         pictures: draw each, for a page.
     """
-    plots = {str(it.schedule.kind): draw(it.timeline) for it in found if pictures}
+    plots = {str(it.schedule.kind): draw(it) for it in found if pictures}
     numbers = {"schedules": [_schedule_numbers(plan) for plan in found], "refused": list(refused)}
     return report("schedule", numbers, plots, found=found, refused=refused, pictures=pictures)
 
 
 def _schedule_numbers(plan: SchedulePlan) -> dict[str, Any]:
-    schedule, timeline = plan.schedule, plan.timeline
+    schedule = plan.schedule
     return {
         "kind": schedule.kind,
         "pp": schedule.stages,
         **pick(schedule, "ranks", "micro_batches"),
-        **pick(plan, "times", "bubble", "bubble_fraction", "published"),
-        **pick(timeline, "step_time", "idle", "gaps"),
-        "peak_activations": plan.peak_activations,
-        **pick(plan, "peak_deferred", "parameter_multiple"),
+        **pick(plan, "times", "step_time", "bubble", "bubble_fraction", "idle", "gaps"),
+        **pick(plan, "published", "peak_activations", "peak_deferred", "parameter_multiple"),
         "model_copies": len(schedule.routes),
     }
-
-
-def plan_networks(
-    endpoints: int | None = None,
-    gpu: str = "h800",
-    latency: str = "infiniband",
-    mib: float = 64,
-    **prices: float,
-) -> Comparison:
-    """``compare_networks`` in the words of the command line; ``prices`` as of ``UnitPrices``."""
-    return compare_networks(
-        endpoints,
-        card=load_hardware(gpu).nic,
-        size=mib * 2**20,
-        latencies=LATENCIES[latency],
-        prices=UnitPrices(**prices),
-    )
 
 
 def plan_schedules(
@@ -285,7 +263,7 @@ def plan_schedules(
 ANSWERS: Mapping[str, Callable[..., Report]] = {
     "train": lambda model, **it: training_report(plan_training(model, **it)),
     "serve": lambda model, **it: serving_report(plan_serving(model, **it)),
-    "network": lambda **it: network_report(plan_networks(**it)),
+    "network": lambda **it: network_report(compare_networks(**it)),
     "cost": lambda **it: cost_report(plan_programme(**it)),
     "schedule": lambda **it: schedule_report(*plan_schedules(**it)),
 }

@@ -6,14 +6,17 @@ a range with a source, or an assumption that says so.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from math import inf
+from dataclasses import dataclass
 from operator import add, mul, sub, truediv
 
+import yaml
+
 from whalefall.errors import UserError
+from whalefall.plan.files import DATA
 from whalefall.plan.hardware import Hardware, load_hardware
 from whalefall.plan.network import dragonfly, multi_plane_tree, three_layer_tree
 from whalefall.plan.network_cost import UnitPrices
+from whalefall.plan.units import check
 
 HOURS_PER_YEAR = 365.25 * 24
 OFFICIAL_HOURS = {"pre-training": 2.664e6, "context extension": 0.119e6, "post-training": 0.005e6}
@@ -39,8 +42,7 @@ class Range:
 
     def __post_init__(self) -> None:
         for value in self.values:
-            if not 0 <= value < inf:
-                raise UserError(f"{value:g} is no cost or count; it must not be below 0")
+            check("a cost or count", value)
 
     @classmethod
     def of(cls, value: float) -> "Range":
@@ -70,28 +72,11 @@ class Range:
         return Range(low, typical, high, "computed")
 
 
-@dataclass(frozen=True)
-class Assumptions:
-    """What a programme's cost rests on besides GPU hours and rent."""
-
-    attempts: Range = Range(
-        1.2, 2.2, 4.0, "GPT-3, BLOOM, OPT and others: arXiv 2405.21015, 90 % interval"
-    )
-    people: Range = Range(100, 150, 200, "[A] appendix A names about 200 contributors")
-    years: Range = Range(0.4, 0.6, 1.0, "V2 came out in May 2024, V3 in December")
-    dollars_per_person_year: Range = Range(
-        260e3, 430e3, 990e3, "salary, equity and 1.25-1.4 of overheads in the USA: arXiv 2405.21015"
-    )
-    server_dollars: Range = Range(
-        34e3, 38.75e3, 50e3, "a GPU's share of an 8-GPU Hopper server, 270-400 k$ in 2023-24"
-    )
-    lifetime_years: Range = Range(5, 4, 3, "assumed")
-    use: Range = Range(0.9, 0.8, 0.6, "assumed")
-    power_usage_effectiveness: Range = Range(
-        1.1, 1.3, 1.56, "best sites; assumed; mean of Uptime's survey of 2024"
-    )
-    dollars_per_kwh: Range = Range(0.06, 0.08, 0.12, "industrial tariffs, China and USA: assumed")
-    dollars_per_kw_month: Range = Range(100, 150, 200, "building and cooling, power apart: assumed")
+def assumptions(**given: float | None) -> dict[str, Range]:
+    """``data/programme.yaml``, with some of it known; None leaves one as it is."""
+    usual = yaml.safe_load((DATA / "programme.yaml").read_text())
+    known = {name: Range.of(value) for name, value in given.items() if value is not None}
+    return {name: Range(**values) for name, values in usual.items()} | known
 
 
 @dataclass(frozen=True)
@@ -104,18 +89,17 @@ class Programme:
     hardware: Hardware
     rent: float
     """Of a GPU for an hour."""
-    assumed: Assumptions
+    assumed: dict[str, Range]
+    """What its cost rests on besides GPU hours and rent, as of ``assumptions``."""
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
             raise UserError(f"{self.gpus} GPUs; there must be at least 1")
         for name, hours in self.gpu_hours.items():
-            if not 0 < hours < inf:
-                raise UserError(f"{name} takes {hours:g} GPU hours; it must be above 0")
-        if min(self.assumed.attempts.values) < 1:
+            check(f"the count of GPU hours ({name})", hours, above=True)
+        if min(self.assumed["attempts"].values) < 1:
             raise UserError("all compute over the final run's must be at least 1")
-        if not 0 <= self.rent < inf:
-            raise UserError(f"the rent is {self.rent:g} $ an hour; it must not be below 0")
+        check("the rent", self.rent)
 
     @property
     def hours(self) -> float:
@@ -138,12 +122,12 @@ class Programme:
     @property
     def other_runs_rented(self) -> Range:
         """Experiments, ablations and failures before and around it."""
-        return (self.assumed.attempts - 1) * self.run_rented
+        return (self.assumed["attempts"] - 1) * self.run_rented
 
     @property
     def people(self) -> Range:
         assumed = self.assumed
-        return assumed.people * assumed.years * assumed.dollars_per_person_year
+        return assumed["people"] * assumed["years"] * assumed["dollars_per_person_year"]
 
     @property
     def rented(self) -> Range:
@@ -160,30 +144,30 @@ class Programme:
     @property
     def purchase(self) -> Range:
         """Of all servers and their network."""
-        return (self.assumed.server_dollars + self.network_dollars) * self.gpus
+        return (self.assumed["server_dollars"] + self.network_dollars) * self.gpus
 
     @property
     def megawatt_hours(self) -> Range:
         """At the site's meter, for the final run and the others."""
-        use = self.assumed.power_usage_effectiveness * self.assumed.attempts
+        use = self.assumed["power_usage_effectiveness"] * self.assumed["attempts"]
         return use * (self.hours * self.hardware.watts / 1e6)
 
     @property
     def power_per_hour(self) -> Range:
         """Dollars of a working GPU's hour."""
         assumed = self.assumed
-        return assumed.power_usage_effectiveness * assumed.dollars_per_kwh * self._kilowatts
+        return assumed["power_usage_effectiveness"] * assumed["dollars_per_kwh"] * self._kilowatts
 
     @property
     def building_per_hour(self) -> Range:
         """Dollars of a working GPU's hour; the building is paid whether it works or not."""
-        yearly = self.assumed.dollars_per_kw_month * (12 * self._kilowatts)
-        return yearly / self.assumed.use / HOURS_PER_YEAR
+        yearly = self.assumed["dollars_per_kw_month"] * (12 * self._kilowatts)
+        return yearly / self.assumed["use"] / HOURS_PER_YEAR
 
     @property
     def capital_per_hour(self) -> Range:
         """Dollars of a working GPU's hour, the purchase spread evenly over its life."""
-        working = self.assumed.lifetime_years * self.assumed.use * HOURS_PER_YEAR
+        working = self.assumed["lifetime_years"] * self.assumed["use"] * HOURS_PER_YEAR
         return self.purchase / self.gpus / working
 
     @property
@@ -194,7 +178,7 @@ class Programme:
     @property
     def owned(self) -> Range:
         """The programme on GPUs of one's own, with no more than the hours it takes counted."""
-        return self.owned_per_hour * self.assumed.attempts * self.hours + self.people
+        return self.owned_per_hour * self.assumed["attempts"] * self.hours + self.people
 
     @property
     def _kilowatts(self) -> float:
@@ -203,7 +187,7 @@ class Programme:
 
 def official(hardware: Hardware) -> Programme:
     """DeepSeek-V3's on 2048 H800 at 2 $ an hour ([A] table 1)."""
-    return Programme(OFFICIAL_HOURS, 2048, hardware, 2.0, Assumptions())
+    return Programme(OFFICIAL_HOURS, 2048, hardware, 2.0, assumptions())
 
 
 def plan_programme(
@@ -213,13 +197,7 @@ def plan_programme(
     rent: float | None = None,
     **given: float | None,
 ) -> Programme:
-    """DeepSeek-V3's programme, but for what is told.
-
-    Args:
-        gpu_hours: of the final run.
-        gpus: that it runs on.
-        rent: of a GPU hour; the machine's unless told.
-        given: what is known of ``Assumptions``; None leaves one as it is.
+    """DeepSeek-V3's programme, but for what is told; ``given`` is of ``assumptions``.
 
     Raises:
         UserError: a number that is not allowed, or the price of the machine is needed.
@@ -227,13 +205,12 @@ def plan_programme(
     if given.get("server_dollars") is None and gpu.lower() not in ("h800", "h100", "h200"):
         raise UserError(f"the price of a {gpu} server is not known here: give --gpu-price")
     hardware = load_hardware(gpu)
-    known = {name: Range.of(value) for name, value in given.items() if value is not None}
     return Programme(
         OFFICIAL_HOURS if gpu_hours is None else {"final run": gpu_hours},
         gpus,
         hardware,
         hardware.dollars_per_hour if rent is None else rent,
-        replace(Assumptions(), **known),
+        assumptions(**given),
     )
 
 

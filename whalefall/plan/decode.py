@@ -107,9 +107,9 @@ def _attention(unit: Unit, layer: Layer, tokens: float, context: float) -> float
     else:
         width = attention.qk_width + attention.v_width
     rate = hardware.rate(hardware.working, hardware.achieved.attention_forward)
-    read = unit.cache_share * layer_bytes(attention, unit.cache.format)
+    read = unit.cache_share * layer_bytes(attention, unit.cache)
     seconds = max(2 * width / unit.tp / rate, read / hardware.bandwidth)
-    return tokens * unit.cache.kept(context) * seconds
+    return tokens * unit.kept(context) * seconds
 
 
 def _streams(unit: Unit, layer: Layer, tokens: float) -> float:

@@ -18,7 +18,7 @@ from whalefall.plan.network import published_table
 from whalefall.plan.network_cost import UnitPrices
 from whalefall.plan.report import plain
 from whalefall.plan.serving import plan_serving
-from whalefall.plan.unit import Cache
+from whalefall.plan.unit import token_bytes
 from whalefall.plan.units import DAY
 
 Value = float | str
@@ -76,7 +76,7 @@ def deepep_microseconds() -> float:
 def mean_cache() -> float:
     """KB of a token, of the two other networks of [B] table 1."""
     models = ("qwen-2.5-72b", "llama-3.1-405b")
-    return sum(Cache(architecture_of(model)).bytes_per_token for model in models) / 2e3
+    return sum(token_bytes(architecture_of(model)) for model in models) / 2e3
 
 
 def gate() -> str:

@@ -1,11 +1,11 @@
 """What a network costs, and how long messages and an all-to-all take on it."""
 
 from dataclasses import dataclass
-from math import inf
 
 from whalefall.errors import UserError
-from whalefall.plan.hardware import Link
+from whalefall.plan.hardware import Link, load_hardware
 from whalefall.plan.network import BUILDERS, Topology, published_table
+from whalefall.plan.units import check
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class UnitPrices:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not 0 <= value < inf:
-                raise UserError(f"the price {name} is {value:g}; it must not be below 0")
+            check(f"the price {name}", value)
 
     def parts(self, it: Topology) -> dict[str, float]:
         """Dollars of a network by part."""
@@ -120,17 +119,17 @@ class Comparison:
 
 
 def compare_networks(
-    endpoints: int | None,
+    endpoints: int | None = None,
     *,
-    card: Link,
-    size: float,
+    card: Link | None = None,
+    size: float = 64 * 2**20,
     latencies: Latencies = INFINIBAND,
     prices: UnitPrices | None = None,
 ) -> Comparison:
     """The smallest instance of every topology that connects so many; None for those of [B] table 3.
 
     Args:
-        card: of an endpoint.
+        card: of an endpoint; an H800's unless told.
         size: bytes that an endpoint sends to all others together.
 
     Raises:
@@ -138,8 +137,7 @@ def compare_networks(
     """
     if endpoints is not None and endpoints < 1:
         raise UserError(f"{endpoints} endpoints; there must be at least 1")
-    if not 0 < size < inf:
-        raise UserError(f"each endpoint sends {size:g} bytes; it must be more than 0")
+    check("what each endpoint sends", size, above=True)
     too_small: dict[str, str] = {}
     found = published_table() if endpoints is None else []
     for name, build in BUILDERS.items() if endpoints is not None else ():
@@ -149,5 +147,6 @@ def compare_networks(
             too_small[name] = str(error)
     if not found:
         raise UserError(too_small["dragonfly"])
-    plans = [NetworkPlan(it, prices or UnitPrices(), latencies, card, size) for it in found]
+    card, prices = card or load_hardware("h800").nic, prices or UnitPrices()
+    plans = [NetworkPlan(it, prices, latencies, card, size) for it in found]
     return Comparison(endpoints, plans, too_small)

@@ -49,13 +49,11 @@ def prefill(unit: Unit, prompt: float, hit_rate: float = 0.0) -> Prefill:
 
     Args:
         prompt: tokens, on average.
-        hit_rate: share of them that are in the cache.
+        hit_rate: share of them that are in the cache, below 1.
 
     Raises:
-        UserError: a share outside of 0 to 1, or no token to compute.
+        UserError: a prompt has no token.
     """
-    if not 0 <= hit_rate < 1:
-        raise UserError(f"the cache hit rate is {hit_rate:g}; it must be at least 0 and below 1")
     if prompt < 1:
         raise UserError(f"a prompt has {prompt:g} tokens; it must have at least 1")
     parts: dict[str, float] = defaultdict(float)
@@ -73,7 +71,7 @@ def _layer(unit: Unit, layer: Layer, prompt: float, hit_rate: float) -> dict[str
     parts = {part: passes.forward / computed / unit.tp for part, passes in work.items()}
     # Training's attention sees half of what is computed; here the cached tokens come before it.
     seen = hit_rate * prompt + computed / 2
-    parts["attention"] *= unit.cache.kept(seen) / (computed / 2)
+    parts["attention"] *= unit.kept(seen) / (computed / 2)
     if unit.tp > 1:
         parts["tensor-parallel sums"] = unit.all_reduce_seconds(layer, CHUNK) / CHUNK
     if isinstance(layer.feed_forward, Experts) and unit.gpus > 1:

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jinja2
 from pydantic import BaseModel
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -21,8 +20,7 @@ from rich.text import Text
 
 from whalefall.errors import UserError
 from whalefall.page import Fact, Plot, render
-from whalefall.plan.plot import short
-from whalefall.plan.units import GIB
+from whalefall.plan.templates import rendered
 
 ASSUMED = "Assumed (* tuned)"
 """The section whose table JSON has too."""
@@ -87,20 +85,12 @@ class Report:
 def report(
     name: str, numbers: Mapping[str, Any], plots: Mapping[str, str] | None = None, **values: Any
 ) -> Report:
-    """What ``reports/NAME.md.j2`` says of some values.
+    """What ``reports/NAME.md.j2`` says of the numbers and some values.
 
     Args:
         plots: drawings (SVG) by the names that the template calls them.
     """
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("whalefall.plan", "reports"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.globals["GIB"] = GIB
-    templates.filters |= {"f": _figure, "short": short, "code": _code}
-    markdown = templates.get_template(f"{name}.md.j2").render(values).strip() + "\n"
+    markdown = rendered(f"{name}.md", numbers=numbers, **values)
     title, facts, sections = _read(markdown, plots or {})
     if assumed := [it for it in sections if it.title == ASSUMED]:
         (table,) = assumed[0].items
@@ -109,18 +99,6 @@ def report(
         rows = [(what[:2] == "* ", what.removeprefix("* "), why) for what, why in table.rows]
         numbers = {**numbers, "assumptions": [dict(zip(keys, row, strict=True)) for row in rows]}
     return Report(title, facts, sections, numbers, markdown)
-
-
-def _figure(value: float, spec: str = "", unit: float = 1) -> str:
-    """A number in a unit: ``{{ dollars | f(",.2f", 1e6) }} M$``."""
-    return format(value if unit == 1 else value / unit, spec)
-
-
-def _code(text: str) -> str:
-    """Commands and files as such."""
-    return re.sub(
-        r"whalefall plan [^|]*\b|(whalefall|tests|benchmarks)/[\w/.:-]+\b", r"`\g<0>`", text
-    )
 
 
 def _read(markdown: str, plots: Mapping[str, str]) -> tuple[str, list[Fact], list[Section]]:

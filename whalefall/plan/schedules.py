@@ -7,7 +7,7 @@ overlapped forward and whole backward. The input gradient alone takes B - W.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from math import inf, isclose
+from math import isclose
 from typing import NamedTuple
 
 from whalefall.errors import UserError
@@ -21,6 +21,7 @@ from whalefall.parallel.schedule import (
     peak_activations,
     peak_deferred,
 )
+from whalefall.plan.units import check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +45,7 @@ class Times:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name != "transfer" and not 0 < value < inf:
-                raise UserError(f"the time {name} is {value:g}; it must be above 0")
-        if not 0 <= self.transfer < inf:
-            raise UserError(f"the time transfer is {self.transfer:g}; it must not be below 0")
+            check(f"the time {name}", value, above=name != "transfer")
         if self.weight_gradient >= self.backward:
             raise UserError(
                 f"the weight gradient ({self.weight_gradient:g}) is a part of the whole backward "
@@ -114,6 +112,10 @@ class Timeline:
         return max(self.idle)
 
     @property
+    def bubble_fraction(self) -> float:
+        return self.bubble / self.step_time
+
+    @property
     def gaps(self) -> list[float]:
         """Idle time of each rank between its own first and last step.
 
@@ -158,24 +160,10 @@ class PublishedBubble(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SchedulePlan:
-    """What a schedule costs. Times are in the unit of ``times``."""
+class SchedulePlan(Timeline):
+    """What a schedule costs, in the unit of ``times``."""
 
-    timeline: Timeline
-    """Every step of every rank, to draw or to look into."""
     times: Times
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.timeline.schedule
-
-    @property
-    def bubble(self) -> float:
-        return self.timeline.bubble
-
-    @property
-    def bubble_fraction(self) -> float:
-        return self.bubble / self.timeline.step_time
 
     @property
     def published(self) -> PublishedBubble:
@@ -207,7 +195,7 @@ def plan_schedule(kind: str, *, pp: int, micro_batches: int, times: Times) -> Sc
     """
     schedule = build_schedule(kind, pp=pp, micro_batches=micro_batches)
     timeline = simulate(schedule, lambda _, step: times.of(step), times.transfer)
-    return SchedulePlan(timeline, times)
+    return SchedulePlan(schedule, timeline.ranks, times)
 
 
 def published_bubble(kind: ScheduleKind, pp: int, times: Times) -> PublishedBubble:

@@ -79,12 +79,8 @@ def plan_training(
 ) -> Answer:
     """Plan a training run; what is left out is a preset's own, else DeepSeek-V3's ([A] 4.2).
 
-    Args:
-        model: a name or file of ``models.architecture_of``.
-        gpu: a name or file of ``hardware.load_hardware``.
-        network: between the nodes, of ``network.BUILDERS``.
-        layout: words that fix parts of the layout (``layout.parse_layout``); the rest is searched.
-            Products are in FP8 where the hardware has it.
+    Args: as the options of ``whalefall plan`` say. What the words of ``layout`` leave open is
+        searched; products are in FP8 where the hardware has it.
 
     Raises:
         UserError: a name or word that is unknown, or words that no layout of the GPUs satisfies.

@@ -6,15 +6,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import inf
 
 from whalefall.errors import UserError
 from whalefall.plan.decode import DecodeStep, NetworkLimit, decode_step, network_limit
 from whalefall.plan.hardware import load_hardware
 from whalefall.plan.models import architecture_of
 from whalefall.plan.prefill import Prefill, prefill
-from whalefall.plan.unit import Cache, Unit, fewest_redundant
-from whalefall.plan.units import DAY, GIB, Format
+from whalefall.plan.unit import Unit, fewest_redundant
+from whalefall.plan.units import DAY, GIB, Format, check
 
 MEAN_CONTEXT = 4989
 """Mean length while decoding in DeepSeek's production (open-infra-index, day 6)."""
@@ -35,7 +34,8 @@ class Prices:
     output: float = 2.19
 
     def __post_init__(self) -> None:
-        _not_negative(self, "price")
+        for name, value in vars(self).items():
+            check(f"the price {name}", value)
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,10 @@ class Traffic:
     hit_rate: float = 0.563
 
     def __post_init__(self) -> None:
-        _not_negative(self, "count")
+        for name, value in vars(self).items():
+            check(f"the count {name}", value, above=name != "hit_rate")
         if self.hit_rate >= 1:
             raise UserError(f"the cache hit rate is {self.hit_rate:g}; it must be below 1")
-        if not self.input_tokens or not self.output_tokens:
-            raise UserError("a day of serving needs input and output tokens")
 
     @property
     def computed_tokens(self) -> float:
@@ -62,12 +61,6 @@ class Traffic:
     def prompt_of(self, context: float) -> float:
         """Mean prompt that goes with a mean length while decoding: a prompt and half an answer."""
         return context / (1 + self.output_tokens / self.input_tokens / 2)
-
-
-def _not_negative(values: Prices | Traffic, what: str) -> None:
-    for name, value in vars(values).items():
-        if not 0 <= value < inf:
-            raise UserError(f"the {what} {name} is {value:g}; it must not be below 0")
 
 
 @dataclass(frozen=True)
@@ -182,20 +175,9 @@ def plan_serving(
 ) -> ServingPlan:
     """Plan how to serve a network.
 
-    Args:
-        model: a name or file of ``models.architecture_of``.
-        gpu: a name or file of ``hardware.load_hardware``.
-        gpus: that decode together; the fewest that hold the network unless told.
-        prefill_gpus: that read prompts together; as many as decode unless told.
-        tp: GPUs that share the attention of a sequence; the fewest that fit unless told.
-        redundant: experts held twice while decoding; as many as make the GPUs alike unless told.
-        batch: sequences that a group decodes at once; as many as fit and are no slower than
-            ``slowest`` unless told.
-        slowest: seconds a token.
-        context: mean length of a sequence while it decodes.
-        weights: of the projections; FP8 where the hardware has it unless told.
-        cache: the machine's working type unless told.
-        window: tokens that attention looks back over; all unless told.
+    Args: as the options of ``whalefall plan serve`` say; ``slowest`` in seconds. Unless told, the
+        fewest GPUs and the smallest groups that fit, as many sequences as fit and are no slower
+        than ``slowest``, and FP8 where the hardware has it.
 
     Raises:
         UserError: a name that is unknown, a number that is not allowed, or something that does not
@@ -205,12 +187,12 @@ def plan_serving(
     for name, value in {**counts, "tp": tp}.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
-    if not 0 < slowest < inf:
-        raise UserError(f"the slowest token takes {slowest:g} s; it must be above 0")
+    check("the time of the slowest token", slowest, above=True)
     network, hardware = architecture_of(model), load_hardware(gpu)
-    kept = Cache(network, cache or hardware.working, window)
-    smallest = Unit(network, hardware, kept, weights or hardware.narrowest)
-    smallest = _resized(smallest, gpus or tp or 1, tp or 1)
+    alone = Unit(
+        network, hardware, weights or hardware.narrowest, cache or hardware.working, window
+    )
+    smallest = _resized(alone, gpus or tp or 1, tp or 1)
     fitting = (it for it in _units(smallest, gpus, tp) if not it.missing(batch or 1, context))
     unit = next(fitting, smallest)
     if redundant is not None:

@@ -35,35 +35,10 @@ NOT_SHARDED = ("q_a_proj", "kv_a_proj_with_mqa", "gate")
 """Small products whose result every GPU of a tensor-parallel group needs whole."""
 
 
-@dataclass(frozen=True)
-class Cache:
-    """How a network's cache is kept.
-
-    Raises:
-        UserError: the window is no positive number of tokens.
-    """
-
-    architecture: Architecture
-    format: Format = "bf16"
-    window: int | None = None
-    """Tokens that every layer looks back over; None keeps all."""
-
-    def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise UserError(f"the window is {self.window} tokens; it must be at least 1")
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Over all layers, of a token that is kept ([B] table 1: 70,272 for V3, 327,680 for
-        Qwen-2.5 72B, 516,096 for LLaMA-3.1 405B, in BF16)."""
-        return sum(layer_bytes(it.attention, self.format) for it in self.architecture.layers)
-
-    def kept(self, context: float) -> float:
-        """Tokens of a sequence that are kept."""
-        return context if self.window is None else min(context, self.window)
-
-    def sequence_bytes(self, context: float) -> float:
-        return self.bytes_per_token * self.kept(context)
+def token_bytes(network: Architecture, fmt: Format = "bf16") -> float:
+    """Cache of a token over all layers ([B] table 1: 70,272 for V3, 327,680 for Qwen-2.5 72B,
+    516,096 for LLaMA-3.1 405B, in BF16)."""
+    return sum(layer_bytes(layer.attention, fmt) for layer in network.layers)
 
 
 def layer_bytes(attention: Attention, fmt: Format = "bf16") -> float:
@@ -96,10 +71,10 @@ def variants(network: Architecture, window: int = 4096) -> list[Variant]:
     of attention with its heads would keep. MHA is 56.9 times MLA in V3."""
     attention = network.mtp_layer.attention
     heads, width = attention.heads, attention.v_width // attention.heads
-    own, size = kind_of(attention), Cache(network).bytes_per_token
+    own, size = kind_of(attention), token_bytes(network)
     found = [
         Variant(own, size),
-        Variant(f"{own}, FP8", Cache(network, "fp8").bytes_per_token),
+        Variant(f"{own}, FP8", token_bytes(network, "fp8")),
         Variant(f"{own}, last {window:,}", size, window),
     ]
     for kv_heads in sorted({heads, min(8, heads), 1}, reverse=True):
@@ -122,15 +97,17 @@ class Unit:
     """GPUs that serve one copy of a network.
 
     Raises:
-        UserError: groups or redundant experts do not divide the GPUs, or the machine lacks the
-            format.
+        UserError: groups or redundant experts do not divide the GPUs, the machine lacks the
+            format, or the window is no positive number of tokens.
     """
 
     architecture: Architecture
     hardware: Hardware
-    cache: Cache
     weights: Format
     """Of the projections; embedding, head, gates and norms stay in the working type ([A] 3.3)."""
+    cache: Format = "bf16"
+    window: int | None = None
+    """Tokens that every layer looks back over; None keeps the cache of all."""
     gpus: int = 1
     tp: int = 1
     redundant: int = 0
@@ -139,6 +116,8 @@ class Unit:
     def __post_init__(self) -> None:
         hardware, network = self.hardware, self.architecture
         hardware.check_format(self.weights)
+        if self.window is not None and self.window < 1:
+            raise UserError(f"the window is {self.window} tokens; it must be at least 1")
         if self.gpus < 1 or self.tp < 1 or self.gpus % self.tp:
             raise UserError(f"tp {self.tp} must divide the {self.gpus} GPUs")
         heads = {run.layer.attention.heads for run in network.runs}
@@ -208,9 +187,13 @@ class Unit:
             return 1.0
         return 1 / min(self.tp, attention.kv_heads)
 
+    def kept(self, context: float) -> float:
+        """Tokens of a sequence whose cache is kept."""
+        return context if self.window is None else min(context, self.window)
+
     def sequence_bytes(self, context: float) -> float:
         """On each GPU of its group."""
-        return self.cache_share * self.cache.sequence_bytes(context)
+        return self.cache_share * token_bytes(self.architecture, self.cache) * self.kept(context)
 
     def most_sequences(self, context: float) -> int:
         """Of a group, all of this length."""

@@ -6,7 +6,6 @@ same bits, on the same device and number of threads (on CUDA with ``runtime.dete
 """
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from whalefall.errors import UserError
 from whalefall.train.balance import load_shares, max_violation, sum_over_ranks, update_biases
 from whalefall.train.checkpoint import CheckpointWriter, State, latest, load
 from whalefall.train.console import ConsoleSink
+from whalefall.train.determinism import make_deterministic
 from whalefall.train.ema import EMA
 from whalefall.train.evaluate import bits_per_byte
 from whalefall.train.gradients import accumulate_gradients, summary
@@ -87,9 +87,7 @@ class Trainer:
         _check_single_process()
         self.config = config
         self.device = device_of(config.runtime.device)
-        if config.runtime.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
-        torch.use_deterministic_algorithms(config.runtime.deterministic)
+        make_deterministic(config.runtime.deterministic)
         if config.runtime.threads is not None:
             torch.set_num_threads(config.runtime.threads)
         self.loader = Loader(
