@@ -42,6 +42,8 @@ def drafting(model: Transformer, prompts: list[list[int]], new: int) -> list[dic
         requests = [
             Request(prompt, SamplingParams(max_tokens=new, temperature=0)) for prompt in prompts
         ]
+        warm = Request(prompts[0], SamplingParams(max_tokens=new, temperature=0))
+        engine_for(model, None, [warm], drafts=drafts).complete([warm])
         engine = engine_for(model, None, requests[:1], drafts=drafts)
         start = time.perf_counter()
         for request in requests:

@@ -17,7 +17,10 @@ from whalefall.ops import (
     mla_latents,
     rms_norm,
     route,
+    silu_mul,
+    swiglu,
 )
+from whalefall.ops.block_linear import streamed_linear
 from whalefall.ops.decode_places import advance, decode_places
 from whalefall.ops.few_rows import Weight
 
@@ -207,3 +210,32 @@ def test_gradients_take_the_other_way() -> None:
         weight = randn(5, 8).requires_grad_()
         linear.linear(randn(2, 8), weight).sum().backward()
         assert weight.grad is not None
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_swiglu(tokens: int) -> None:
+    """Also far out, where the exponential ends."""
+    joint, weights = randn(tokens, 46) * 60, randn(tokens)
+    close(swiglu.swiglu(joint), swiglu.reference(joint.double()))
+    close(swiglu.swiglu(joint, weights), swiglu.reference(joint.double(), weights.double()))
+    gate_half, up = joint.chunk(2, 1)
+    close(silu_mul.silu_mul(gate_half, up), silu_mul.reference(gate_half.double(), up.double()))
+
+
+def test_one_by_one_a_row_has_the_same_bits_in_any_company(form: str) -> None:
+    if form != "compiled":
+        pytest.skip("the library's rows depend on their number")
+    x, weight = randn(7, 100), Weight(randn(33, 100))
+    together = streamed_linear(x, weight, 1)
+    assert torch.equal(together, torch.cat([streamed_linear(row, weight, 1) for row in x.split(1)]))
+    up, down = Weight(randn(3, 40, 100)), Weight(randn(3, 100, 20))
+    row_tokens, ends = torch.tensor([0, 1, 2, 3, 5, 6, 4]), torch.tensor([4, 6, 7]).int()
+    ones = torch.ones(7)
+    many = few_rows.few_rows(x, row_tokens, ones, ends, up, down, block_rows=1)
+    for row, token in enumerate(row_tokens.tolist()):
+        own = x[token : token + 1]
+        expert = int((ends <= row).sum())
+        alone = torch.tensor([int(e >= expert) for e in range(3)]).int()
+        zero = torch.zeros(1, dtype=torch.int64)
+        single = few_rows.few_rows(own, zero, ones[:1], alone, up, down, block_rows=1)
+        assert torch.equal(many[row : row + 1], single)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tiny import TINY
 
 from whalefall.config.engine import EngineConfig
-from whalefall.config.model import ModelConfig
 from whalefall.config.serve import ServeConfig
 from whalefall.data.chat import ChatTemplate
 from whalefall.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
@@ -192,29 +192,13 @@ def start(tokenizer: Tokenizer) -> Iterator[Callable[..., tuple[Running, Scripte
 @pytest.fixture(scope="session")
 def network() -> Transformer:
     """Weights large enough that what it writes varies."""
-    config = ModelConfig(
-        vocab_size=SMALLEST_VOCABULARY,
-        hidden_size=48,
-        num_hidden_layers=2,
-        first_k_dense_replace=1,
-        intermediate_size=96,
-        num_attention_heads=4,
-        q_lora_rank=24,
-        kv_lora_rank=16,
-        qk_nope_head_dim=12,
-        qk_rope_head_dim=8,
-        v_head_dim=12,
-        n_routed_experts=8,
-        n_shared_experts=1,
-        num_experts_per_tok=3,
-        n_group=4,
-        topk_group=2,
-        moe_intermediate_size=20,
-        num_nextn_predict_layers=1,
-        initializer_range=0.4,
-        max_position_embeddings=512,
-    )
-    return Transformer.create(config)
+    changes = {
+        "vocab_size": SMALLEST_VOCABULARY,
+        "num_hidden_layers": 2,
+        "initializer_range": 0.4,
+        "max_position_embeddings": 512,
+    }
+    return Transformer.create(TINY.model_copy(update=changes))
 
 
 @pytest.fixture(scope="session")

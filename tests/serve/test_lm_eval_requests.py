@@ -135,3 +135,19 @@ def test_generation(harness: httpx.Client, network: Transformer, tokenizer: Toke
     for stop in stops:
         text = text.partition(stop)[0]
     assert posted(harness, body)["choices"][0]["text"] == text
+
+
+def test_the_end_token_has_an_entry(
+    harness: httpx.Client, network: Transformer, tokenizer: Tokenizer
+) -> None:
+    """Where the network would end: else the last entry were the continuation's own."""
+    words = torch.arange(64)
+    pairs = torch.cartesian_prod(words, words)
+    with torch.no_grad():
+        ends = network(pairs).logits[:, -1].argmax(-1) == tokenizer.eos_id
+    assert ends.any()
+    for first, second in pairs[ends].tolist()[:4]:
+        [(found, is_greedy)] = by_server(harness, [([first], [second])])
+        total, was_greedy = by_network(network, [first], [second])
+        assert math.isclose(found, total, abs_tol=1e-3)
+        assert is_greedy == was_greedy

@@ -11,12 +11,12 @@ import pytest
 import torch
 import typer
 from serve.conftest import Running, ScriptedEngine
+from tiny import TINY
 from typer.testing import CliRunner, Result
 
 import whalefall
 from whalefall.cli.chat import Conversation, chat, with_changes
 from whalefall.cli.speakers import Cost, Messages, Piece
-from whalefall.config.model import ModelConfig
 from whalefall.data.chat import ChatTemplate, Message
 from whalefall.data.tokenizer import Tokenizer
 from whalefall.engine.engine import Engine
@@ -156,27 +156,8 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_came() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        num_hidden_layers=2,
-        first_k_dense_replace=1,
-        intermediate_size=64,
-        num_attention_heads=2,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-        n_routed_experts=4,
-        n_shared_experts=1,
-        num_experts_per_tok=2,
-        n_group=2,
-        topk_group=1,
-        moe_intermediate_size=16,
-        num_nextn_predict_layers=1,
-        max_position_embeddings=256,
-    )
+    changes = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 256}
+    config = TINY.model_copy(update=changes)
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("models") / "small"
     whalefall.save(Transformer(config), tokenizer, path)

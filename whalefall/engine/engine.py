@@ -19,7 +19,7 @@ from whalefall.engine.flight import Flight, Result
 from whalefall.engine.grammar import Grammars, Matcher
 from whalefall.engine.memory import pages_that_fit
 from whalefall.engine.pages import PagePool
-from whalefall.engine.request import Completion, Delta, FinishReason, Request
+from whalefall.engine.request import Completion, Delta, FinishReason, Request, TokenLogprobs
 from whalefall.engine.runner import Runner
 from whalefall.engine.sampling import SamplingParams
 from whalefall.engine.scheduler import Scheduler
@@ -207,6 +207,7 @@ class Engine:
     def _take(self, request: Request, result: Result) -> Delta:
         """What a request gains, up to where it ends."""
         before, finish = len(request.tokens), cast(FinishReason | None, None)
+        end: TokenLogprobs | None = None
         request.drafted += result.drafted
         self.stats.drafted += result.drafted
         if before == 0:
@@ -222,6 +223,7 @@ class Engine:
                 matcher.accept([token])
             if token in request.end_tokens and not request.params.ignore_eos:
                 finish = "stop"
+                end = result.logprobs[number] if result.logprobs else None
             else:
                 request.tokens.append(token)
                 if len(request.tokens) == request.params.max_tokens:
@@ -239,7 +241,7 @@ class Engine:
         request.finish_reason = finish
         if finish is not None:
             self._forget(request)
-        return Delta(request, text, gained, scored, finish)
+        return Delta(request, text, gained, scored, finish, end)
 
     def _forget(self, request: Request) -> None:
         self._texts.pop(request, None)

@@ -66,6 +66,8 @@ class Delta(NamedTuple):
     tokens: list[int]
     logprobs: list[TokenLogprobs]
     finish_reason: FinishReason | None
+    end: TokenLogprobs | None = None
+    """Of the end token, which is not among ``tokens``, where log-probabilities are wanted."""
 
 
 class Completion(NamedTuple):

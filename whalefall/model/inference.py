@@ -1,6 +1,7 @@
 """What is done once to a network that is to generate: FP8 weights, weights laid together, and
 bits that do not depend on the batch."""
 
+import torch
 from torch import nn
 
 from whalefall.errors import UserError
@@ -10,10 +11,9 @@ from whalefall.model.hf_layout import is_quantized
 from whalefall.model.invariance import Invariance
 from whalefall.model.linear import BlockLinear, Linear, join
 from whalefall.model.transformer import Transformer
-from whalefall.ops.few_rows import Weight, runs_few_rows
+from whalefall.ops.few_rows import Weight, fixed_block
 from whalefall.ops.latent_attention import PAGE
 
-_BLOCK_ROWS = 16
 _LEAST_SPLIT, _MOST_PIECES = 8, 16
 """Pages of a piece that attention adds up, at least; and pieces of the longest context, whose sums
 take 2 KB a piece, token and head (V3: 1 GB for 256 tokens)."""
@@ -53,7 +53,7 @@ def join_weights(network: nn.Module) -> None:
 
 
 def fix_block_rows(network: nn.Module, rows: int | None) -> None:
-    """Multiply rows in blocks of 16, 32 or 64 on CUDA, however many there are.
+    """Multiply so many rows at a time, however many there are.
 
     Then the bits of a row do not depend on what else is in the batch. None: as is fastest.
     """
@@ -74,14 +74,15 @@ def make_invariant(network: Transformer) -> None:
             "batch_invariant on a GPU needs a vocab_size that is a multiple of 4; this network's "
             f"is {len(head)}"
         )
-    block_rows = _BLOCK_ROWS if _has_row_kernels(network) else None
+    block_rows = _fixed_block(network)
     pages = max(_LEAST_SPLIT, -(-context // (PAGE * _MOST_PIECES)))
     network.invariance = Invariance(PAGE * pages, block_rows)
     fix_block_rows(network, block_rows)
 
 
-def _has_row_kernels(network: Transformer) -> bool:
-    """Whether all products of generation are ``few_rows``."""
+@torch.no_grad()
+def _fixed_block(network: Transformer) -> int | None:
+    """As ``few_rows.fixed_block`` says for all products of generation."""
     weights = [Weight(network.lm_head.weight)]
     for module in network.modules():
         if isinstance(module, Linear):
@@ -89,5 +90,5 @@ def _has_row_kernels(network: Transformer) -> bool:
         elif isinstance(module, Experts):
             weights += module.held
         if isinstance(module, Linear | Experts) and module.recipe is not None:
-            return False
-    return runs_few_rows(network.lm_head.weight, *weights)
+            return None
+    return fixed_block(network.lm_head.weight, *weights)

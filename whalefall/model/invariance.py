@@ -5,12 +5,11 @@ and numbers there are. In this mode every token is a row of its own, be it of a 
 a text or a draft, and attends to the latents in the absorbed form, in pieces of ``split_keys``. So
 it is all one how a prompt was cut and what of it was cached. What is left are products:
 
-- In BF16 on CUDA our kernels multiply ``block_rows`` rows at a time, however many there are, and
-  add up each in one order. Our other kernels give a row the same bits in any company.
+- In BF16 on CUDA and in FP32 on a CPU our kernels multiply ``block_rows`` rows at a time, however
+  many there are, and add up each in one order. Our other kernels give a row the same bits in any
+  company.
 - Elsewhere the network takes one token after the other. The shape of every call then follows from
-  the token's position, and no library has anything to choose by. Rows in blocks of one size would
-  be faster, but do not suffice: on a CPU the last numbers of a tensor, which fill no vector, get
-  other bits of ``silu``, ``sigmoid`` and complex products than they would further in front.
+  the token's position, and no library has anything to choose by.
 
 The promise holds on one machine with one build of PyTorch and, on a CPU, one number of threads.
 """
@@ -28,7 +27,7 @@ from whalefall.ops.few_rows import Weight
 from whalefall.ops.linear import linear
 
 _AT_ONCE = 256
-"""Tokens whose attention is one launch on CUDA: memory for their pieces is held at once."""
+"""Tokens whose attention is one launch: memory for their pieces is held at once."""
 
 
 @dataclass(frozen=True)

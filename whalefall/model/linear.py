@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from whalefall.model.joined import if_together, lay_together
 from whalefall.ops.block_linear import block_linear, streamed_linear
-from whalefall.ops.few_rows import Weight, runs_few_rows
+from whalefall.ops.few_rows import Weight, fixed_block
 from whalefall.ops.fp8_blocks import encode_blocks
 from whalefall.ops.fp8_linear import Recipe, WeightCast, fp8_linear
 from whalefall.ops.linear import linear
@@ -23,7 +23,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
         self.recipe: Recipe | None = None
         self.block_rows: int | None = None
-        """Rows multiplied at a time on CUDA, for results that do not depend on how many there are
+        """Rows multiplied at a time, for results that do not depend on how many there are
         (inference); None is as is fastest."""
         self._cast = WeightCast()
         self._joint: Weight | None = None
@@ -69,7 +69,7 @@ class Linear(nn.Linear):
     def _product(self, x: Float[Tensor, "rows in"], weight: Weight) -> Float[Tensor, "rows _"]:
         if self.recipe is not None:
             return fp8_linear(x, [weight.values], self._cast, self.recipe)
-        if self.block_rows is None or torch.is_grad_enabled() or not runs_few_rows(x, weight):
+        if self.block_rows is None or torch.is_grad_enabled() or not fixed_block(x, weight):
             return linear(x, weight.values)
         return streamed_linear(x, weight, self.block_rows)
 

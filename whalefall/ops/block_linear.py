@@ -46,9 +46,13 @@ def streamed_linear(
 ) -> Float[Tensor, "rows out"]:
     """x W^T in BF16 of few rows, or of any ``block_rows`` at a time, as ``block_linear`` does it.
 
-    On CUDA only, where ``runs_few_rows`` says so; the weight may be BF16 as well.
+    Only where ``fixed_block`` finds a kernel; the weight may be BF16, or FP32 on a CPU, as well.
     """
     values, scales = weight
+    if x.is_cpu:
+        from whalefall.kernels.cpu import linear as cpu_kernel
+
+        return cpu_kernel.linear(x.contiguous(), values, at_once=1)
     if block_rows is None and len(x) > WAITING:
         from whalefall.kernels import few_rows
 

@@ -20,6 +20,8 @@ from whalefall.ops.swiglu import swiglu
 
 _FEW, _FEW_ON_CPU = 64, 8
 """Rows of an expert, on average, up to which its weights are the time."""
+_SMALL = 1 << 23
+"""Numbers of all experts up to which one core of a CPU is to work on them."""
 
 
 class Weight(NamedTuple):
@@ -45,8 +47,9 @@ def few_rows(
     Rows are as ``gate`` sorts them. Weights may hold one expert more than there are ends: all
     tokens go to that one, unweighted, and their rows follow.
 
-    On CUDA the experts' rows are multiplied ``block_rows`` (16, 32 or 64) at a time, chosen by
-    their number. Where it is given, a row's bits do not depend on what other rows there are.
+    The experts' rows are multiplied ``block_rows`` at a time (16, 32 or 64 on CUDA, 1 on a CPU),
+    chosen by their number. Where it is given, a row's bits do not depend on what other rows there
+    are.
     """
     if runs_few_rows(x, gate_up, down):
         from whalefall.kernels import few_rows as kernel
@@ -59,7 +62,9 @@ def few_rows(
     if _runs_cpu_kernel(x, gate_up, down):
         from whalefall.kernels.cpu import experts as cpu_kernel
 
-        return cpu_kernel.few_rows(x, row_tokens, row_weights, ends, gate_up.values, down.values)
+        at_once = 4 if block_rows is None else block_rows
+        held = gate_up.values, down.values
+        return cpu_kernel.few_rows(x, row_tokens, row_weights, ends, *held, at_once=at_once)
     rows, weights, ends = _all_rows(x, row_tokens, row_weights, ends, len(gate_up.values))
     activated = swiglu(grouped_linear(rows, decoded(gate_up, x.dtype, parts=2), ends), weights)
     return grouped_linear(activated, decoded(down, x.dtype), ends)
@@ -85,7 +90,18 @@ def are_few(pairs: int, x: Tensor, *weights: Weight) -> bool:
     experts = len(weights[0].values)
     if runs_few_rows(x, *weights):
         return pairs <= _FEW * experts
-    return pairs <= _FEW_ON_CPU * experts and _runs_cpu_kernel(x, *weights)
+    is_small = sum(values.numel() for values, _ in weights) <= _SMALL
+    return pairs <= _FEW_ON_CPU * experts and is_small and _runs_cpu_kernel(x, *weights)
+
+
+def fixed_block(x: Tensor, *weights: Weight) -> int | None:
+    """Rows to multiply at a time for bits that do not depend on how many there are.
+
+    None where no kernel of ours takes these.
+    """
+    if runs_few_rows(x, *weights):
+        return 16
+    return 1 if _runs_cpu_kernel(x, *weights) else None
 
 
 def runs_few_rows(x: Tensor, *weights: Weight) -> bool:

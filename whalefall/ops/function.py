@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 
 _HAS_NUMBA = find_spec("numba") is not None
-_FEW_NUMBERS = 1 << 23
-"""Of a tensor that one core is to work on; with more the library's threads are faster."""
 
 
 def call(operation: type[torch.autograd.Function], *inputs: Any) -> Tensor:
@@ -43,7 +41,5 @@ def is_compiled(x: Tensor) -> bool:
 
 
 def runs_cpu_kernel(*tensors: Tensor) -> bool:
-    """Whether our Numba kernels take these: small, in FP32, and with no gradient wanted."""
-    if not is_compiled(tensors[0]):
-        return False
-    return all(x.dtype == torch.float32 and x.numel() <= _FEW_NUMBERS for x in tensors)
+    """Whether our Numba kernels take these: FP32, with no gradient wanted."""
+    return is_compiled(tensors[0]) and all(x.dtype == torch.float32 for x in tensors)

@@ -43,10 +43,14 @@ def latent_attention(
     """
     _check_split(split_keys)
     _, width, heads, _ = q.shape
-    if runs_cpu_kernel(q) and store.dtype == q.dtype:
+    if runs_cpu_kernel(q):
         from whalefall.kernels.cpu import mla
 
-        return mla.latent_attention(q.contiguous(), store, pages, lengths, value_dim, scale)
+        if store.dtype != q.dtype:
+            store, pages = _decoded(store, pages, lengths, width, value_dim, q.dtype)
+        return mla.latent_attention(
+            q.contiguous(), store, pages.contiguous(), lengths, value_dim, scale
+        )
     if not _runs_kernel(q.device, q.dtype):
         return _gathered(q, store, pages, lengths, value_dim, scale)
     if plan is None:
@@ -154,10 +158,8 @@ def _gathered(
     rows, width, heads, _ = q.shape
     last = lengths.unsqueeze(1) + torch.arange(width, device=lengths.device)
     keys = int(last.max()) + 1 if rows else 0
-    found = store[pages[:, : -(-keys // PAGE)].long()]
-    if store.dtype == torch.uint8:
-        found = decode_latents(found.flatten(0, -2), value_dim, q.dtype).view(*found.shape[:3], -1)
-    latents = found.flatten(1, 2)[:, :keys]
+    own, ids = _decoded(store, pages, lengths, width, value_dim, q.dtype)
+    latents = own.view(rows, ids.shape[1] * PAGE, own.shape[-1])[:, :keys]
     hidden = torch.arange(keys, device=lengths.device) > last.unsqueeze(-1)
     bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
     bias = bias.masked_fill_(hidden, -torch.inf).repeat_interleave(heads, 1)
@@ -165,6 +167,19 @@ def _gathered(
     wide = torch.promote_types(q.dtype, torch.float32)
     weights = scores.softmax(-1, dtype=wide).to(q.dtype)
     return torch.bmm(weights, latents[..., :value_dim]).view(rows, width, heads, value_dim)
+
+
+def _decoded(
+    store: Tensor, pages: Tensor, lengths: Tensor, width: int, value_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The pages that any row needs, one row's after another's, as numbers; and where they are."""
+    rows, longest = len(pages), int(lengths.max()) + width if len(lengths) else 0
+    needed = -(-longest // PAGE)
+    own = store[pages[:, :needed].flatten().long()]
+    if store.dtype == torch.uint8:
+        own = decode_latents(own.flatten(0, 1), value_dim, dtype).unflatten(0, (-1, PAGE))
+    ids = torch.arange(len(own), dtype=torch.int32, device=store.device)
+    return own.to(dtype), ids.view(rows, needed)
 
 
 def _check_split(split_keys: int | None) -> None:

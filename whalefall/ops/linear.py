@@ -6,8 +6,8 @@ from torch import Tensor
 
 from whalefall.ops.function import runs_cpu_kernel
 
-_FEW = 32
-"""Rows up to which one core that reads the weight once is faster than the library."""
+_FEW, _SMALL = 32, 1 << 23
+"""Rows, and numbers of a weight, up to which one core is faster than the library."""
 
 
 def linear(
@@ -16,7 +16,8 @@ def linear(
     bias: Float[Tensor, "out"] | None = None,
 ) -> Float[Tensor, "*batch out"]:
     """x @ weight^T + bias."""
-    if bias is None and x.numel() <= _FEW * x.shape[-1] and runs_cpu_kernel(x, weight):
+    is_few = x.numel() <= _FEW * x.shape[-1] and weight.numel() <= _SMALL
+    if bias is None and is_few and runs_cpu_kernel(x, weight):
         from whalefall.kernels.cpu import linear as kernel
 
         return kernel.linear(x.contiguous(), weight)

@@ -39,15 +39,10 @@ def mla_latents(
         from whalefall.kernels import mla_latents as kernel
 
         return kernel.forward(joint, q_weight, kv_weight, rotation, store, slots, eps)
-    if runs_cpu_kernel(joint, kv_weight) and store.dtype == joint.dtype:
-        from whalefall.kernels.cpu import mla
-
-        return mla.mla_latents(joint, q_weight, kv_weight, rotation, store, slots, eps)
-    query, latent, key = _split(joint, q_weight, kv_weight, rotation)
-    entry = torch.cat([rms_norm(latent, kv_weight, eps), rotate(key, rotation)], -1)
+    query, entry = _entries(joint, q_weight, kv_weight, rotation, eps)
     kept = encode_latents(entry, len(kv_weight)) if is_fp8 else entry.type_as(store)
     store.view(-1, store.shape[-1]).index_copy_(0, slots, kept)
-    return None if q_weight is None else rms_norm(query, q_weight, eps)
+    return query
 
 
 def reference(
@@ -64,6 +59,20 @@ def reference(
     turned = torch.stack([even * real - odd * imaginary, even * imaginary + odd * real], -1)
     entry = torch.cat([norm(latent, kv_weight, eps), turned.flatten(1)], -1)
     return None if q_weight is None else norm(query, q_weight, eps), entry
+
+
+def _entries(
+    joint: Tensor, q_weight: Tensor | None, kv_weight: Tensor, rotation: Tensor, eps: float
+) -> tuple[Tensor | None, Tensor]:
+    """As ``reference``, in the library's calls or a kernel of the CPU."""
+    if runs_cpu_kernel(joint, kv_weight):
+        from whalefall.kernels.cpu import mla
+
+        joint, rotation = joint.contiguous(), rotation.contiguous()
+        return mla.mla_latents(joint, q_weight, kv_weight, rotation, eps)
+    query, latent, key = _split(joint, q_weight, kv_weight, rotation)
+    entry = torch.cat([rms_norm(latent, kv_weight, eps), rotate(key, rotation)], -1)
+    return None if q_weight is None else rms_norm(query, q_weight, eps), entry
 
 
 def _split(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from whalefall.ops.function import call, runs_kernel
+from whalefall.ops.function import call, runs_cpu_kernel, runs_kernel
 from whalefall.ops.quantize import (
     TILE,
     Tiles,
@@ -27,6 +27,10 @@ def swiglu(
     gate_up: Float[Tensor, "rows twice"], weights: Float[Tensor, "rows"] | None = None
 ) -> Float[Tensor, "rows inner"]:
     """silu(gate) * up of rows that hold [gate, up], times each row's weight (arXiv 2002.05202)."""
+    if runs_cpu_kernel(gate_up):
+        from whalefall.kernels.cpu import experts as cpu_kernel
+
+        return cpu_kernel.swiglu(gate_up.contiguous(), weights)
     return call(_SwiGLU, gate_up, weights)
 
 

@@ -90,6 +90,9 @@ class _Choice:
         tokens: list[int] = [] if silent else delta.tokens
         entries: Sequence[TokenLogprobs | None] = [] if silent else delta.logprobs
         text = "" if silent else delta.text
+        if delta.end is not None and not silent:
+            # lm-evaluation-harness takes the last entry for the generated token's.
+            tokens, entries = [*tokens, delta.end.token], [*entries, delta.end]
         if self._echo is not None:
             request = delta.request
             tokens = [*request.prompt, *tokens]

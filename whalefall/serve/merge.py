@@ -97,4 +97,5 @@ def _joined(first: Delta, second: Delta) -> Delta:
         first.tokens + second.tokens,
         first.logprobs + second.logprobs,
         second.finish_reason,
+        second.end,
     )

@@ -1,4 +1,4 @@
-"""SwiGLU of few rows, expert by expert."""
+"""SwiGLU, and the experts of few rows around it."""
 
 import numpy as np
 from torch import Tensor
@@ -8,20 +8,45 @@ from whalefall.kernels.cpu.linear import multiply
 
 
 def few_rows(
-    x: Tensor, row_tokens: Tensor, row_weights: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor
+    x: Tensor,
+    row_tokens: Tensor,
+    row_weights: Tensor,
+    ends: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    at_once: int,
 ) -> Tensor:
-    """As ``ops.few_rows.few_rows``."""
+    """As ``ops.few_rows.few_rows``; ``at_once`` as in ``linear``."""
     (tokens, hidden), (groups, _, inner), pairs = x.shape, down.shape, len(row_tokens)
     out = x.new_empty(pairs + (tokens if groups > len(ends) else 0), hidden)
     tensors = (x, row_tokens, row_weights, ends, gate_up, down, out)
-    _few_rows(tensors, tokens, pairs, len(out), hidden, inner, len(ends), groups)
+    _few_rows(tensors, tokens, pairs, len(out), hidden, inner, len(ends), groups, at_once)
     return out
+
+
+def swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
+    """As ``ops.swiglu.swiglu``."""
+    inner = gate_up.shape[-1] // 2
+    out = gate_up.new_empty(*gate_up.shape[:-1], inner)
+    _swiglu((gate_up, weights, out), out.numel() // inner, inner)
+    return out
+
+
+@kernel
+def _swiglu(gate_up, weights, out, rows, inner):
+    is_weighted = weights != 0
+    gate_up, out = floats(gate_up, (rows, 2 * inner)), floats(out, (rows, inner))
+    weights = floats(weights, rows)
+    for row in range(rows):
+        weight = weights[row] if is_weighted else np.float32(1)
+        _silu_mul(gate_up[row, :inner], gate_up[row, inner:], weight, out[row])
 
 
 @kernel
 def _few_rows(
     x, row_tokens, row_weights, ends, gate_up, down, out,
-    tokens, pairs, rows, hidden, inner, experts, groups,
+    tokens, pairs, rows, hidden, inner, experts, groups, at_once,
 ):  # fmt: skip
     x, out = floats(x, (tokens, hidden)), floats(out, (rows, hidden))
     row_tokens, row_weights = longs(row_tokens, pairs), floats(row_weights, pairs)
@@ -36,20 +61,25 @@ def _few_rows(
             for row in range(len(own)):
                 for i in range(hidden):
                     own[row, i] = x[row_tokens[start + row], i]
-            _swiglu(own, row_weights[part], gate_up[expert], down[expert], out[part])
+            _expert(own, row_weights[part], gate_up[expert], down[expert], out[part], at_once)
         start = ends[expert]
     if groups > experts:
-        _swiglu(x, np.ones(tokens, np.float32), gate_up[experts], down[experts], out[pairs:])
+        ones = np.ones(tokens, np.float32)
+        _expert(x, ones, gate_up[experts], down[experts], out[pairs:], at_once)
 
 
 @helper
-def _swiglu(x, weights, gate_up, down, out):
+def _expert(x, weights, gate_up, down, out, at_once):
     """down(silu(gate(x)) * up(x) * weight) of every row."""
     rows, inner = len(x), down.shape[1]
     joint, activated = np.empty((rows, 2 * inner), np.float32), np.empty((rows, inner), np.float32)
-    multiply(x, gate_up, joint)
+    multiply(x, gate_up, joint, at_once)
     for row in range(rows):
-        gate, up = joint[row, :inner], joint[row, inner:]
-        for i in range(inner):
-            activated[row, i] = gate[i] / (np.float32(1) + exp(-gate[i])) * up[i] * weights[row]
-    multiply(activated, down, out)
+        _silu_mul(joint[row, :inner], joint[row, inner:], weights[row], activated[row])
+    multiply(activated, down, out, at_once)
+
+
+@helper
+def _silu_mul(gate, up, weight, out):
+    for i in range(len(out)):
+        out[i] = gate[i] / (np.float32(1) + exp(-gate[i])) * up[i] * weight

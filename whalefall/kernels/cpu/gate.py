@@ -41,7 +41,7 @@ def _gate(
     chosen, weights = longs(chosen, (tokens, top_k)), floats(weights, (tokens, top_k))
     places, pairs = longs(places, (tokens, top_k)), tokens * top_k
     scores = np.empty((tokens, experts), np.float32)
-    multiply(x, weight, scores)
+    multiply(x, weight, scores, 1)  # a token's choice does not depend on the others
     for token in range(tokens):
         _choose(scores[token], bias, chosen[token], n_group, topk_group)
         total = np.float32(1e-20)

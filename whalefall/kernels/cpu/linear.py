@@ -10,31 +10,33 @@ from torch import Tensor
 from whalefall.kernels.cpu.compiled import floats, helper, kernel
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight^T."""
+def linear(x: Tensor, weight: Tensor, *, at_once: int = 4) -> Tensor:
+    """x @ weight^T, up to four rows at a time; by one a row's bits do not depend on the others."""
     outer, inner = weight.shape
     out = x.new_empty(*x.shape[:-1], outer)
-    _linear((x, weight, out), x.numel() // inner, inner, outer)
+    _linear((x, weight, out), x.numel() // inner, inner, outer, at_once)
     return out
 
 
 @kernel
-def _linear(x, weight, out, rows, inner, outer):
-    multiply(floats(x, (rows, inner)), floats(weight, (outer, inner)), floats(out, (rows, outer)))
+def _linear(x, weight, out, rows, inner, outer, at_once):
+    x, out = floats(x, (rows, inner)), floats(out, (rows, outer))
+    multiply(x, floats(weight, (outer, inner)), out, at_once)
 
 
 @helper
-def multiply(x, weight, out):
-    """out = x @ weight^T: rows four at a time, then two, then one."""
+def multiply(x, weight, out, at_once):
+    """out = x @ weight^T: rows four at a time, then two, then one, or all one by one."""
     row = 0
-    while row + 4 <= len(x):
+    while at_once == 4 and row + 4 <= len(x):
         _four_rows(x[row : row + 4], weight, out[row : row + 4])
         row += 4
-    if row + 2 <= len(x):
+    if at_once == 4 and row + 2 <= len(x):
         _two_rows(x[row], x[row + 1], weight, out[row], out[row + 1])
         row += 2
-    if row < len(x):
+    while row < len(x):
         _one_row(x[row], weight, out[row])
+        row += 1
 
 
 @helper

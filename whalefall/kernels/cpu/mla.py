@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from whalefall.kernels.cpu.compiled import exp, floats, helper, ints, kernel, longs
+from whalefall.kernels.cpu.compiled import exp, floats, helper, ints, kernel
 from whalefall.kernels.cpu.norm import norm
 
 
@@ -12,17 +12,15 @@ def mla_latents(
     q_weight: Tensor | None,
     kv_weight: Tensor,
     rotation: Tensor,
-    store: Tensor,
-    slots: Tensor,
     eps: float,
-) -> Tensor | None:
-    """As ``ops.mla_latents.mla_latents``."""
+) -> tuple[Tensor | None, Tensor]:
+    """The normed query latents, and the cache's entries (``ops.mla_latents``)."""
     tokens, q_lora = len(joint), 0 if q_weight is None else len(q_weight)
-    out = joint.new_empty(tokens, q_lora)
-    sizes = (tokens, q_lora, len(kv_weight), 2 * rotation.shape[1])
-    tensors = (joint, q_weight, kv_weight, rotation, store, slots, out)
-    _mla_latents(tensors, *sizes, eps)
-    return None if q_weight is None else out
+    kv_lora, rope = len(kv_weight), 2 * rotation.shape[1]
+    query, entries = joint.new_empty(tokens, q_lora), joint.new_empty(tokens, kv_lora + rope)
+    tensors = (joint, q_weight, kv_weight, rotation, query, entries)
+    _mla_latents(tensors, tokens, q_lora, kv_lora, rope, eps)
+    return None if q_weight is None else query, entries
 
 
 def absorb_query(q: Tensor, rotation: Tensor, w_uk: Tensor) -> Tensor:
@@ -57,15 +55,15 @@ def latent_attention(
 
 @kernel
 def _mla_latents(
-    joint, q_weight, kv_weight, rotation, store, slots, out, tokens, q_lora, kv_lora, rope, eps
+    joint, q_weight, kv_weight, rotation, query, entries, tokens, q_lora, kv_lora, rope, eps
 ):
-    latent = kv_lora + rope
-    joint, out = floats(joint, (tokens, q_lora + latent)), floats(out, (tokens, q_lora))
+    joint = floats(joint, (tokens, q_lora + kv_lora + rope))
     q_weight, kv_weight = floats(q_weight, q_lora), floats(kv_weight, kv_lora)
-    rotation, slots = floats(rotation, (tokens, rope)), longs(slots, tokens)
+    query, entries = floats(query, (tokens, q_lora)), floats(entries, (tokens, kv_lora + rope))
+    rotation = floats(rotation, (tokens, rope))
     for token in range(tokens):
-        row, entry = joint[token, q_lora:], floats(store + 4 * latent * slots[token], latent)
-        norm(joint[token], q_weight, out[token], eps)
+        row, entry = joint[token, q_lora:], entries[token]
+        norm(joint[token], q_weight, query[token], eps)
         norm(row, kv_weight, entry, eps)
         turn(row[kv_lora:], rotation[token], entry[kv_lora:])
 
