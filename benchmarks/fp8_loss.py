@@ -38,6 +38,7 @@ from whalefall.config.train import Phase, TrainConfig
 from whalefall.model.transformer import parameter_counts
 from whalefall.ops import fp8_linear
 from whalefall.ops.quantize import E4M3_MAX, Blocks, Tiles, dequantize, quantize_blocks, scale_of
+from whalefall.train.checkpoint import latest
 from whalefall.train.trainer import Trainer
 
 FP8 = {"fprop": "fp8", "dgrad": "fp8", "wgrad": "fp8"}
@@ -210,6 +211,7 @@ def windows(main: list[float]) -> Tensor:
 
 def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Relative difference to BF16 of the same seed in the last fifth of the run, over the seeds."""
+    runs = sorted(runs, key=lambda run: run["seed"])
     bf16 = {run["seed"]: windows(run["main"]) for run in runs if run["variant"] == "bf16"}
     rows = []
     for variant in VARIANTS:
@@ -230,6 +232,7 @@ def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "final_loss": round(losses[:, -fifth:].mean().item(), 4),
                 "difference_percent": round(ends.mean().item(), 3),
                 "standard_error_percent": round(error.item(), 3),
+                "seeds": [run["seed"] for run in of_variant],
                 "by_seed_percent": [round(end, 3) for end in ends.tolist()],
                 "losses": [round(loss, 4) for loss in losses.mean(0).tolist()],
                 "differences": [round(100 * d, 3) for d in relative.mean(0).tolist()],
@@ -267,15 +270,17 @@ class Pool:
         self.free: Queue[int] = Queue()
         for gpu in range(torch.cuda.device_count()):
             self.free.put(gpu)
-        self.size = max(1, self.free.qsize())
+        self.size = self.free.qsize()
 
     def run(self, *arguments: object) -> str | None:
         """The last line that the case printed; None if it failed."""
         gpu = self.free.get()
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
         command = [sys.executable, __file__, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        self.free.put(gpu)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        finally:
+            self.free.put(gpu)
         print(*arguments[1:], "failed: " + done.stderr[-1500:] if done.returncode else "done")
         sys.stdout.flush()
         return None if done.returncode else done.stdout.splitlines()[-1]
@@ -303,7 +308,12 @@ def main() -> None:
         print(json.dumps(train(args.worker, args.seed, args.data, args.tokens, start)))
         return
 
-    runs, pool = args.folder / "runs.jsonl", Pool()
+    pool = Pool()
+    if not pool.size:
+        parser.error("this needs a CUDA device")
+    # What is found there must be of the same length.
+    args.folder /= f"{args.start:g}+{args.tokens:g}"
+    runs = args.folder / "runs.jsonl"
     args.folder.mkdir(parents=True, exist_ok=True)
     shared = ("--tokens", args.tokens, "--start", args.start, "--folder", args.folder)
 
@@ -317,7 +327,7 @@ def main() -> None:
     with ThreadPoolExecutor(pool.size) as threads:
         if args.start:
             starts = [(number, "start") for number in range((args.seeds + 1) // 2)]
-            missing = [case for case in starts if not (args.folder / f"start-{case[0]}").exists()]
+            missing = [case for case in starts if not latest(args.folder / f"start-{case[0]}")]
             list(threads.map(run, missing))
         known = map(json.loads, runs.read_text().splitlines()) if runs.exists() else []
         ended = {(found["seed"], found["variant"]) for found in known}

@@ -24,14 +24,14 @@ from whalefall.engine.sampling import SamplingParams
 from whalefall.model.inference import hold_fp8
 from whalefall.model.transformer import Transformer
 
-PROMPT, NEW = 1024, 128
+NEW = 128
 
 
-def measure(engine: Engine, batch: int) -> tuple[float, float]:
+def measure(engine: Engine, batch: int, prompt_length: int) -> tuple[float, float]:
     """Prompt tokens a second, and seconds of a decode step with all requests in it."""
     vocab = engine.model.config.vocab_size
     params = SamplingParams(max_tokens=NEW, temperature=0.0)
-    for prompt in torch.randint(vocab, (batch, PROMPT)).tolist():
+    for prompt in torch.randint(vocab, (batch, prompt_length)).tolist():
         engine.add(Request(prompt, params))
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -49,13 +49,13 @@ def measure(engine: Engine, batch: int) -> tuple[float, float]:
     steps = (engine.stats.generated_tokens - before) / batch
     while engine.has_work:
         engine.step()
-    return batch * PROMPT / prompts, seconds / steps
+    return batch * prompt_length / prompts, seconds / steps
 
 
-def half_way(engine: Engine, batch: int) -> None:
+def half_way(engine: Engine, batch: int, prompt_length: int) -> None:
     """Bring requests to the middle of their decoding."""
     params = SamplingParams(max_tokens=NEW, temperature=0.0)
-    for prompt in torch.randint(engine.model.config.vocab_size, (batch, PROMPT)).tolist():
+    for prompt in torch.randint(engine.model.config.vocab_size, (batch, prompt_length)).tolist():
         engine.add(Request(prompt, params))
     while engine.stats.generated_tokens % (batch * NEW) < batch * NEW // 2:
         engine.step()
@@ -63,9 +63,9 @@ def half_way(engine: Engine, batch: int) -> None:
 
 
 @torch.inference_mode()
-def forward_seconds(engine: Engine, batch: int) -> float:
+def forward_seconds(engine: Engine, batch: int, prompt_length: int) -> float:
     """The network alone, from tokens to logits, as a CUDA graph: the least a step can take."""
-    half_way(engine, batch)
+    half_way(engine, batch, prompt_length)
     runner, model = engine._runner, engine.model
     slots = [sequence.slot for sequence in engine.scheduler.running]
     line = runner.decoding(torch.tensor(slots, device="cuda"))
@@ -85,12 +85,12 @@ def forward_seconds(engine: Engine, batch: int) -> float:
     return seconds
 
 
-def profile(engine: Engine, batch: int) -> None:
+def profile(engine: Engine, batch: int, prompt_length: int) -> None:
     """Where the device's time goes in twenty decode steps."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    half_way(engine, batch)
+    half_way(engine, batch, prompt_length)
     with record(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(20):
             engine.step()
@@ -106,25 +106,24 @@ def profile(engine: Engine, batch: int) -> None:
 
 
 def ours(
-    model: Transformer, batch: int, rounds: int, drafts: int, profiled: bool, invariant: bool
+    model: Transformer, batch: int, args: argparse.Namespace, **options: Any
 ) -> dict[str, Any]:
-    budget = 8192 + batch * (1 + drafts)
-    tokens = batch * (PROMPT + NEW + 64)
+    """``options`` are those of the engine."""
     config = EngineConfig(
         max_running=batch,
-        token_budget=budget,
-        cache_tokens=tokens,
-        drafts=drafts,
+        token_budget=8192 + batch * (1 + args.drafts),
+        cache_tokens=batch * (args.prompt + NEW + 64),
+        drafts=args.drafts,
         prefix_cache=False,
-        batch_invariant=invariant,
+        **options,
     )
     engine = Engine(model, None, config)
-    measure(engine, batch)
-    runs = [measure(engine, batch) for _ in range(rounds)]
+    measure(engine, batch, args.prompt)
+    runs = [measure(engine, batch, args.prompt) for _ in range(args.rounds)]
     step = statistics.median(seconds for _, seconds in runs)
-    forward = forward_seconds(engine, batch)
-    if profiled:
-        profile(engine, batch)
+    forward = forward_seconds(engine, batch, args.prompt)
+    if args.profile:
+        profile(engine, batch, args.prompt)
     return {
         "batch": batch,
         "decode_tokens_per_second": round(batch / step, 1),
@@ -135,11 +134,11 @@ def ours(
     }
 
 
-def theirs(model: Transformer, batch: int) -> dict[str, Any]:
+def theirs(model: Transformer, batch: int, prompt_length: int) -> dict[str, Any]:
     """`transformers`, dynamic cache: the whole of `generate`, and without its first token."""
     peer = peer_model(model)
     peer.generation_config.eos_token_id = None
-    prompts = torch.randint(model.config.vocab_size, (batch, PROMPT), device="cuda")
+    prompts = torch.randint(model.config.vocab_size, (batch, prompt_length), device="cuda")
 
     def seconds(new: int) -> float:
         torch.cuda.synchronize()
@@ -154,7 +153,7 @@ def theirs(model: Transformer, batch: int) -> dict[str, Any]:
     return {
         "batch": batch,
         "decode_tokens_per_second": round(batch * 32 / (whole - first), 1),
-        "prompt_tokens_per_second": round(batch * PROMPT / first),
+        "prompt_tokens_per_second": round(batch * prompt_length / first),
     }
 
 
@@ -163,32 +162,39 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 128, 256])
     parser.add_argument("--drafts", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt")
+    parser.add_argument("--fp8-cache", action="store_true", help="also with the cache in FP8")
     parser.add_argument("--fp8", action="store_true", help="also with weights held in FP8 blocks")
     parser.add_argument("--invariant", action="store_true", help="also in batch-invariant mode")
     parser.add_argument("--peer", type=int, help="also `transformers` at this batch")
     parser.add_argument("--profile", action="store_true", help="also list the kernels of a step")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    config = network().model_copy(update={"max_position_embeddings": 4 * PROMPT})
+    config = network().model_copy(update={"max_position_embeddings": 4 * args.prompt})
     model = Transformer.create(config, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
-    results: dict[str, Any] = {"prompt_tokens": PROMPT, "new_tokens": NEW, "drafts": args.drafts}
+    results: dict[str, Any] = {
+        "prompt_tokens": args.prompt,
+        "new_tokens": NEW,
+        "drafts": args.drafts,
+    }
 
-    def run(name: str, invariant: bool = False) -> None:
+    def run(name: str, **options: Any) -> None:
         results[name] = []
         for batch in args.batch:
-            found = ours(model, batch, args.rounds, args.drafts, args.profile, invariant)
-            results[name].append(found)
+            results[name].append(ours(model, batch, args, **options))
             print(name, results[name][-1], flush=True)
 
     if args.peer:
-        results["transformers"] = theirs(model, args.peer)
+        results["transformers"] = theirs(model, args.peer, args.prompt)
         print("transformers", results["transformers"], flush=True)
     run("bf16")
+    if args.fp8_cache:
+        run("bf16, fp8 cache", fp8_cache=True)
     if args.fp8:
         hold_fp8(model)
         run("fp8")
     if args.invariant:  # last, because the network stays so
-        run("batch-invariant", invariant=True)
+        run("batch-invariant", batch_invariant=True)
     if args.json:
         write_result(args.json, results)
 

@@ -239,3 +239,40 @@ def test_one_by_one_a_row_has_the_same_bits_in_any_company(form: str) -> None:
         zero = torch.zeros(1, dtype=torch.int64)
         single = few_rows.few_rows(own, zero, ones[:1], alone, up, down, block_rows=1)
         assert torch.equal(many[row : row + 1], single)
+
+
+def test_what_has_no_plain_memory_takes_the_other_way() -> None:
+    """Other strides, types and shapes than kernels read give what the library gives."""
+    x, weight = randn(3, 64), randn(64, 96)
+    right = x.double() @ weight.double()
+    close(linear.linear(x, weight.T), right)
+    close(linear.linear(x, randn(96, 128)[:, ::2].copy_(weight.T)), right)
+    assert linear.linear(x.to("meta"), weight.T.to("meta")).shape == (3, 96)
+    total, _ = rms_norm.add_rms_norm(x, randn(1, 64).expand(3, -1), randn(64), 1e-6)
+    assert total.shape == x.shape
+    column_major = randn(48, 3).T
+    close(
+        rms_norm.rms_norm(column_major, torch.ones(48), 1e-6),
+        rms_norm.reference(column_major.double(), torch.ones(48).double(), 1e-6),
+    )
+
+
+def test_integers_may_be_of_either_width() -> None:
+    slots, lengths = torch.tensor([2, 0]), torch.tensor([3, 0, 70], dtype=torch.int32)
+    tokens, pages = torch.arange(6).view(3, 2), torch.arange(9, dtype=torch.int32).view(3, 3)
+    places = decode_places(slots, lengths, tokens, pages, turns(192, 4))
+    for part, narrow in zip(
+        places, decode_places(slots.int(), lengths, tokens, pages, turns(192, 4)), strict=True
+    ):
+        assert part.shape == narrow.shape
+    chosen, accepted = torch.tensor([[7, 8], [9, 10]]), torch.tensor([1, 0])
+    for kind in (torch.int32, torch.int64):
+        own_lengths, own_tokens = lengths.clone(), tokens.clone()
+        own = accepted.to(kind) if kind == torch.int64 else accepted
+        last = advance(slots.to(kind), own_lengths, own_tokens, places.positions, chosen, own)
+        assert last.tolist() == [[8], [9]] and own_lengths.tolist() == [4, 0, 72]
+    q, store = randn(1, 1, 3, 24), randn(4, 64, 24)
+    options = {"value_dim": 16, "scale": 0.2}
+    lengths, pages = torch.tensor([99], dtype=torch.int32), torch.tensor([[2, 0]]).int()
+    wanted = latent_attention.reference(q.double(), store.double(), pages, lengths, **options)
+    close(latent_attention.latent_attention(q, store, pages, lengths, **options), wanted)

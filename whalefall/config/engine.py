@@ -17,8 +17,8 @@ class EngineConfig(Section):
     for ``max_running`` requests of full context, but at most 1 GiB, elsewhere."""
     fp8_cache: bool = False
     """Hold the latents in FP8: 656 bytes a token and layer of V3, not 1,152, so 1.76 times the
-    tokens. Each number keeps 4 significant bits, an error of 2.6 % on average; the rotated keys
-    stay in BF16."""
+    tokens. Each number keeps 4 significant bits, an error of 2.6 % (root mean square); the
+    rotated keys stay in BF16."""
     drafts: int = Field(0, ge=0)
     """Tokens that MTP proposes a step; beyond the network's depths the last module is used again.
     The text does not depend on it."""

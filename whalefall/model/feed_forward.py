@@ -1,7 +1,7 @@
 """The feed-forward half of a block: a dense SwiGLU, or shared and routed experts (paper 2.1.2)."""
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -157,8 +157,12 @@ class MoE(nn.Module):
             self._all_down = lay_together(down, shared.down_proj.held)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._all_up = self._all_down = None  # the weights may move apart
+        self.part()  # the weights may move
         return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies of the parameters do not lie together."""
+        return self.__dict__ | {"_all_up": None, "_all_down": None}
 
     def _takes_few(self, x: Tensor, pairs: int) -> bool:
         if self.experts.recipe is not None:
@@ -173,4 +177,11 @@ class MoE(nn.Module):
         gate, up = shared.gate_proj.weight, shared.up_proj.weight
         all_up = if_together(self._all_up, experts.gate_up_proj, gate, up)
         all_down = if_together(self._all_down, experts.down_proj, shared.down_proj.weight)
-        return None if all_up is None or all_down is None else (all_up, all_down)
+        if all_up is None or all_down is None:
+            self.part()
+            return None
+        return all_up, all_down
+
+    def part(self) -> None:
+        """Hold the weights together no longer; their memory goes when they do."""
+        self._all_up = self._all_down = None

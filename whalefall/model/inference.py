@@ -10,6 +10,7 @@ from whalefall.model.feed_forward import MLP, BlockExperts, Experts, MoE
 from whalefall.model.hf_layout import is_quantized
 from whalefall.model.invariance import Invariance
 from whalefall.model.linear import BlockLinear, Linear, join
+from whalefall.model.router import Router
 from whalefall.model.transformer import Transformer
 from whalefall.ops.few_rows import Weight, fixed_block
 from whalefall.ops.latent_attention import PAGE
@@ -26,6 +27,8 @@ def hold_fp8(network: Transformer) -> None:
     (V3: 16.8 M numbers a layer, 1 GB in all).
     """
     for name, module in list(network.named_modules()):
+        if isinstance(module, MoE):
+            module.part()
         if isinstance(module, Experts):
             network.set_submodule(name, BlockExperts.of(module, network.config))
         elif isinstance(module, Linear) and holds_fp8(f"{name}.weight"):
@@ -58,7 +61,7 @@ def fix_block_rows(network: nn.Module, rows: int | None) -> None:
     Then the bits of a row do not depend on what else is in the batch. None: as is fastest.
     """
     for module in network.modules():
-        if isinstance(module, Linear | MoE):
+        if isinstance(module, Linear | MoE | Router):
             module.block_rows = rows
 
 

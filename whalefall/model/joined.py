@@ -1,7 +1,7 @@
 """Weights that lie one behind another in memory, so that several are one without a copy.
 
 The parameters stay what they are, under their names, and are views of one piece of memory. Whether
-they are is seen from where they lie, so that nothing needs to be told when they move apart
+they are is seen from where they lie, so that nothing goes wrong when they move apart
 (``Module.to``, a deep copy); then each is multiplied by itself again.
 """
 

@@ -1,7 +1,7 @@
 """A projection, under the parameter names the checkpoints use."""
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -60,6 +60,10 @@ class Linear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._joint = None  # the weights may move apart, and must not be kept alive
         return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies of the parameters do not lie together."""
+        return self.__dict__ | {"_joint": None}
 
     def _by_rows(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         out = self._product(x.reshape(-1, self.in_features), self.held)

@@ -51,6 +51,8 @@ class Router(nn.Module):
         bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", bias)
         self.e_score_correction_bias: Tensor
+        self.block_rows: int | None = None
+        """As ``Linear.block_rows``."""
         self._options = RouteOptions(
             top_k=config.num_experts_per_tok,
             n_group=config.n_group,
@@ -73,7 +75,8 @@ class Router(nn.Module):
 
     def sort(self, x: Float[Tensor, "tokens hidden"]) -> Sorted:
         """Where the tokens go, and their rows sorted by expert: for inference."""
-        return gate(x, self.weight, self.e_score_correction_bias, **self._options)
+        bias = self.e_score_correction_bias
+        return gate(x, self.weight, bias, **self._options, block_rows=self.block_rows)
 
 
 def sequence_balance_loss(

@@ -28,10 +28,10 @@ def absorb_query(
         from whalefall.kernels import absorb as kernel
 
         return kernel.absorb_query(q, rotation, w_uk)
-    if runs_cpu_kernel(q, w_uk):
+    if runs_cpu_kernel(q) and has_rows(w_uk) and runs_cpu_kernel(rotation, dtype=torch.complex64):
         from whalefall.kernels.cpu import mla
 
-        return mla.absorb_query(q.contiguous(), rotation, w_uk)
+        return mla.absorb_query(q, rotation, w_uk)
     nope = w_uk.shape[1]
     q_nope, q_rope = q.split_with_sizes([nope, q.shape[-1] - nope], -1)
     # Heads first, so that all heads are one batched product.
@@ -50,10 +50,10 @@ def unfold_values(
         from whalefall.kernels import absorb as kernel
 
         return kernel.unfold_values(mixed, w_uv)
-    if runs_cpu_kernel(mixed, w_uv):
+    if runs_cpu_kernel(mixed) and has_rows(w_uv):
         from whalefall.kernels.cpu import mla
 
-        return mla.unfold_values(mixed.contiguous(), w_uv)
+        return mla.unfold_values(mixed, w_uv)
     return torch.bmm(mixed.transpose(0, 1), w_uv.mT).transpose(0, 1).flatten(1)
 
 
@@ -76,6 +76,11 @@ def unfold_reference(
 ) -> Float[Tensor, "tokens values"]:
     """The definition, in the type of its inputs."""
     return torch.einsum("thl,hvl->thv", mixed, w_uv).flatten(1)
+
+
+def has_rows(weight: Tensor) -> bool:
+    """Whether the matrix of each head is whole in memory, which a kernel of the CPU reads."""
+    return weight.dtype == torch.float32 and weight.stride()[1:] == (weight.shape[2], 1)
 
 
 def _runs_kernel(*tensors: Tensor) -> bool:

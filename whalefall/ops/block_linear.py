@@ -44,15 +44,16 @@ def block_linear(
 def streamed_linear(
     x: Float[Tensor, "rows in"], weight: Weight, block_rows: int | None
 ) -> Float[Tensor, "rows out"]:
-    """x W^T in BF16 of few rows, or of any ``block_rows`` at a time, as ``block_linear`` does it.
+    """x W^T of few rows, or of any ``block_rows`` at a time.
 
-    Only where ``fixed_block`` finds a kernel; the weight may be BF16, or FP32 on a CPU, as well.
+    Only where ``fixed_block`` finds a kernel: in BF16 on CUDA, also of FP8 blocks, and in FP32 on a
+    CPU, row by row.
     """
     values, scales = weight
     if x.is_cpu:
         from whalefall.kernels.cpu import linear as cpu_kernel
 
-        return cpu_kernel.linear(x.contiguous(), values, at_once=1)
+        return cpu_kernel.linear(x.contiguous(), values, row_by_row=True)
     if block_rows is None and len(x) > WAITING:
         from whalefall.kernels import few_rows
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Complex, Int, Int32
 from torch import Tensor
 
-from whalefall.ops.function import is_compiled
+from whalefall.ops.function import runs_cpu_kernel
 from whalefall.ops.latent_attention import PAGE
 
 
@@ -46,7 +46,7 @@ def decode_places(
         from whalefall.kernels import decode_places as kernel
 
         return Places(*kernel.decode_places(slots, lengths, tokens, pages, rotation, PAGE))
-    if is_compiled(slots):
+    if _is_compiled(slots, lengths, tokens, pages) and rotation.is_contiguous():
         from whalefall.kernels.cpu import places as cpu_kernel
 
         return Places(*cpu_kernel.decode_places(slots, lengths, tokens, pages, rotation, PAGE))
@@ -81,7 +81,9 @@ def advance(
         from whalefall.kernels import decode_places as kernel
 
         return kernel.advance(slots, lengths, tokens, positions, chosen, accepted)
-    if is_compiled(slots):
+    if _is_compiled(slots, lengths, tokens, positions) and runs_cpu_kernel(
+        chosen, accepted, dtype=torch.int64
+    ):
         from whalefall.kernels.cpu import places as cpu_kernel
 
         return cpu_kernel.advance(slots, lengths, tokens, positions, chosen, accepted)
@@ -89,3 +91,8 @@ def advance(
     lengths[slots] = (positions + accepted).to(lengths.dtype)
     tokens[slots, :1] = last
     return last
+
+
+def _is_compiled(slots: Tensor, lengths: Tensor, tokens: Tensor, others: Tensor) -> bool:
+    narrow = runs_cpu_kernel(lengths, others, dtype=torch.int32)
+    return narrow and runs_cpu_kernel(slots, tokens, dtype=torch.int64)

@@ -59,12 +59,12 @@ def few_rows(
         block_rows = block_rows or fitting_block(average * 4 / 3)  # so that most groups are one
         activated = kernel.up(x, row_tokens, row_weights, ends, *gate_up, block_rows)
         return kernel.down(activated, pairs, ends, *down, block_rows)
-    if _runs_cpu_kernel(x, gate_up, down):
+    if _runs_cpu_kernel(x, gate_up, down) and row_weights.dtype == x.dtype:
         from whalefall.kernels.cpu import experts as cpu_kernel
 
-        at_once = 4 if block_rows is None else block_rows
+        order = row_tokens.long().contiguous(), row_weights.contiguous(), ends.int().contiguous()
         held = gate_up.values, down.values
-        return cpu_kernel.few_rows(x, row_tokens, row_weights, ends, *held, at_once=at_once)
+        return cpu_kernel.few_rows(x, *order, *held, row_by_row=block_rows is not None)
     rows, weights, ends = _all_rows(x, row_tokens, row_weights, ends, len(gate_up.values))
     activated = swiglu(grouped_linear(rows, decoded(gate_up, x.dtype, parts=2), ends), weights)
     return grouped_linear(activated, decoded(down, x.dtype), ends)

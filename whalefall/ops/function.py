@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 _HAS_NUMBA = find_spec("numba") is not None
+_PLAIN = (Tensor, torch.nn.Parameter)
+"""What has memory of its own: no subclass, which may have none."""
 
 
 def call(operation: type[torch.autograd.Function], *inputs: Any) -> Tensor:
@@ -35,11 +37,15 @@ def runs_kernel(*tensors: Tensor) -> bool:
     return all(x.is_cuda and x.dtype in (torch.bfloat16, torch.float32) for x in tensors)
 
 
-def is_compiled(x: Tensor) -> bool:
-    """Whether there is Numba for where this is, and no gradient wanted."""
-    return x.is_cpu and _HAS_NUMBA and not torch.is_grad_enabled()
+def runs_cpu_kernel(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether our Numba kernels take these: in memory, of this type, with no gradient wanted.
 
-
-def runs_cpu_kernel(*tensors: Tensor) -> bool:
-    """Whether our Numba kernels take these: FP32, with no gradient wanted."""
-    return is_compiled(tensors[0]) and all(x.dtype == torch.float32 for x in tensors)
+    They read addresses, so whatever a kernel is given must have passed here or been made for it.
+    """
+    if not tensors[0].is_cpu or not _HAS_NUMBA or torch.is_grad_enabled():
+        return False
+    for x in tensors:
+        in_memory = type(x) in _PLAIN and x.is_cpu and x.is_contiguous()
+        if not in_memory or x.dtype != dtype:
+            return False
+    return True

@@ -11,7 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from whalefall.ops.block_linear import streamed_linear
+from whalefall.ops.few_rows import Weight
 from whalefall.ops.function import runs_cpu_kernel, runs_kernel
+from whalefall.ops.linear import linear
 from whalefall.ops.linear_fp32 import linear_fp32
 from whalefall.ops.permute import order_by_expert
 from whalefall.ops.route import route
@@ -44,10 +47,12 @@ def gate(
     topk_group: int,
     norm_topk_prob: bool,
     scale: float,
+    block_rows: int | None = None,
 ) -> Sorted:
     """Scores, choice and sort; the options are those of ``route``.
 
     The product is FP32 in meaning: exact products of BF16 numbers summed in FP32, or FP32 operands.
+    With ``block_rows`` what a token gets does not depend on how many others there are.
     """
     options = (top_k, n_group, topk_group, norm_topk_prob, scale)
     if runs_kernel(x, weight):
@@ -56,10 +61,12 @@ def gate(
         is_narrow = x.dtype == weight.dtype == torch.bfloat16
         parts = kernel.logits(x, weight) if is_narrow else linear_fp32(x, weight).unsqueeze(0)
         return Sorted(*kernel.choose(parts, bias, *options))
-    if runs_cpu_kernel(x, weight):
+    if runs_cpu_kernel(x, weight, bias):
         from whalefall.kernels.cpu import gate as cpu_kernel
 
-        return Sorted(*cpu_kernel.gate(x.contiguous(), weight, bias, *options))
+        by_rows = block_rows is not None
+        logits = streamed_linear(x, Weight(weight), 1) if by_rows else linear(x, weight)
+        return Sorted(*cpu_kernel.choose(logits, bias, *options))
     experts, weights, _, loads = route(
         linear_fp32(x, weight),
         bias,

@@ -46,11 +46,10 @@ def latent_attention(
     if runs_cpu_kernel(q):
         from whalefall.kernels.cpu import mla
 
-        if store.dtype != q.dtype:
+        if not runs_cpu_kernel(store):
             store, pages = _decoded(store, pages, lengths, width, value_dim, q.dtype)
-        return mla.latent_attention(
-            q.contiguous(), store, pages.contiguous(), lengths, value_dim, scale
-        )
+        where = pages.int().contiguous(), lengths.int().contiguous()
+        return mla.latent_attention(q, store, *where, value_dim, scale)
     if not _runs_kernel(q.device, q.dtype):
         return _gathered(q, store, pages, lengths, value_dim, scale)
     if plan is None:

@@ -65,10 +65,10 @@ def _entries(
     joint: Tensor, q_weight: Tensor | None, kv_weight: Tensor, rotation: Tensor, eps: float
 ) -> tuple[Tensor | None, Tensor]:
     """As ``reference``, in the library's calls or a kernel of the CPU."""
-    if runs_cpu_kernel(joint, kv_weight):
+    weights = (kv_weight,) if q_weight is None else (q_weight, kv_weight)
+    if runs_cpu_kernel(joint, *weights) and runs_cpu_kernel(rotation, dtype=torch.complex64):
         from whalefall.kernels.cpu import mla
 
-        joint, rotation = joint.contiguous(), rotation.contiguous()
         return mla.mla_latents(joint, q_weight, kv_weight, rotation, eps)
     query, latent, key = _split(joint, q_weight, kv_weight, rotation)
     entry = torch.cat([rms_norm(latent, kv_weight, eps), rotate(key, rotation)], -1)

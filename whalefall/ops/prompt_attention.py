@@ -93,8 +93,8 @@ def _by_shape(
         k = torch.cat([own_kv[..., :nope], shared.expand(-1, -1, heads, -1)], -1)
         mask = None  # causal
         if length > width:
-            seen = torch.ones(len(sequences), 1, width, length, dtype=torch.bool, device=q.device)
-            mask = seen.tril(length - width)
+            seen = torch.ones(width, length, dtype=torch.bool, device=q.device)
+            mask = seen.tril(length - width).expand(len(sequences), 1, -1, -1)
         batch = (x.transpose(1, 2) for x in (own_q, k, own_kv[..., nope:]))
         found = attention(*batch, scale=scale, mask=mask).transpose(1, 2)
         for (queries, _), of_sequence in zip(sequences, found, strict=True):

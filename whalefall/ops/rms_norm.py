@@ -25,7 +25,7 @@ def rms_norm(
     if runs_cpu_kernel(x, weight):
         from whalefall.kernels.cpu import norm
 
-        return norm.rms_norm(x.contiguous(), weight, eps)
+        return norm.rms_norm(x, weight, eps)
     return call(_RMSNorm, x, weight, eps)
 
 
@@ -38,10 +38,10 @@ def add_rms_norm(
     """The sum residual + delta, and that sum normed; both in the type of ``residual``."""
     if runs_kernel(residual, delta, weight):
         return _AddRMSNormKernel.apply(residual, delta, weight, eps)
-    if runs_cpu_kernel(residual, delta, weight):
+    if residual.shape == delta.shape and runs_cpu_kernel(residual, delta, weight):
         from whalefall.kernels.cpu import norm
 
-        return norm.add_rms_norm(residual.contiguous(), delta.contiguous(), weight, eps)
+        return norm.add_rms_norm(residual, delta, weight, eps)
     total = (residual + delta).type_as(residual)
     return total, rms_norm(total, weight, eps)
 

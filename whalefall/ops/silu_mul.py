@@ -1,11 +1,11 @@
 """SwiGLU of two projections that lie apart: decoding does not copy weights to join them."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from whalefall.ops.function import runs_cpu_kernel, runs_kernel
+from whalefall.ops.function import runs_kernel
+from whalefall.ops.swiglu import swiglu
 
 
 def silu_mul(
@@ -19,11 +19,7 @@ def silu_mul(
         from whalefall.kernels import silu_mul as kernel
 
         return kernel.forward(gate, up)
-    if runs_cpu_kernel(gate, up):
-        from whalefall.kernels.cpu import experts as cpu_kernel
-
-        return cpu_kernel.swiglu(torch.cat([gate, up], 1), None)
-    return F.silu(gate).mul_(up)
+    return swiglu(torch.cat([gate, up], 1))
 
 
 def reference(

@@ -27,10 +27,10 @@ def swiglu(
     gate_up: Float[Tensor, "rows twice"], weights: Float[Tensor, "rows"] | None = None
 ) -> Float[Tensor, "rows inner"]:
     """silu(gate) * up of rows that hold [gate, up], times each row's weight (arXiv 2002.05202)."""
-    if runs_cpu_kernel(gate_up):
+    if runs_cpu_kernel(gate_up, *(() if weights is None else (weights,))):
         from whalefall.kernels.cpu import experts as cpu_kernel
 
-        return cpu_kernel.swiglu(gate_up.contiguous(), weights)
+        return cpu_kernel.swiglu(gate_up, weights)
     return call(_SwiGLU, gate_up, weights)
 
 

@@ -11,7 +11,9 @@ from whalefall.api import load
 from whalefall.config.serve import ServeConfig
 from whalefall.data.chat import ChatTemplate
 from whalefall.engine.engine import Engine
+from whalefall.engine.generate import generate
 from whalefall.engine.live import AsyncEngine
+from whalefall.engine.sampling import SamplingParams
 from whalefall.errors import UserError
 from whalefall.serve.app import create_app
 from whalefall.serve.metrics import Metrics, numbers_of
@@ -34,6 +36,9 @@ def serve(model: Path, config: ServeConfig) -> None:
     with listen(config) as listener:
         network, tokenizer = load(model, fp8=config.fp8)
         engine = AsyncEngine(Engine(network, tokenizer, config.engine))
+        if network.lm_head.weight.is_cpu:
+            # Compiles the CPU's kernels, the first time for seconds: not in somebody's request.
+            generate(network, tokenizer, "x", SamplingParams(max_tokens=2))
         service = make_service(engine, config, config.name or model.resolve().name)
         host, port = listener.getsockname()[:2]
         pool = engine.engine.pool

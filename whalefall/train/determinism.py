@@ -9,7 +9,7 @@ from torch.utils import deterministic
 def make_deterministic(wanted: bool) -> None:
     """Let torch choose operations that add in one order, or raise where it has none; or not."""
     torch.use_deterministic_algorithms(wanted)
+    # It would fill all memory that is about to be written, which finds errors and takes time.
+    deterministic.fill_uninitialized_memory = not wanted  # type: ignore[attr-defined]
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
-        # It would fill all memory that is about to be written, which finds errors and halves speed.
-        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -16,13 +16,14 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
-"""Sums may be cut into vectors. Infinities and NaN stay what they are: masks are infinite."""
+"""Sums may be cut into vectors; NaN and infinities are taken into account."""
 
 
 def kernel(function: Callable[..., None]) -> Callable[..., None]:
     """Compile a function of addresses and numbers, to be called with tensors and numbers.
 
-    Tensors must be contiguous; None is address 0.
+    None is address 0. What the tensors must be (their type, all of it contiguous but for strides
+    that are among the numbers) nobody checks here: ``ops`` does, by ``runs_cpu_kernel``.
     """
     with _kept_on_disk():
         run = njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)(function)

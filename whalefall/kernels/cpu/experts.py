@@ -15,13 +15,13 @@ def few_rows(
     gate_up: Tensor,
     down: Tensor,
     *,
-    at_once: int,
+    row_by_row: bool,
 ) -> Tensor:
-    """As ``ops.few_rows.few_rows``; ``at_once`` as in ``linear``."""
+    """As ``ops.few_rows.few_rows``; ``row_by_row`` as in ``linear``."""
     (tokens, hidden), (groups, _, inner), pairs = x.shape, down.shape, len(row_tokens)
     out = x.new_empty(pairs + (tokens if groups > len(ends) else 0), hidden)
     tensors = (x, row_tokens, row_weights, ends, gate_up, down, out)
-    _few_rows(tensors, tokens, pairs, len(out), hidden, inner, len(ends), groups, at_once)
+    _few_rows(tensors, tokens, pairs, len(out), hidden, inner, len(ends), groups, int(row_by_row))
     return out
 
 
@@ -46,7 +46,7 @@ def _swiglu(gate_up, weights, out, rows, inner):
 @kernel
 def _few_rows(
     x, row_tokens, row_weights, ends, gate_up, down, out,
-    tokens, pairs, rows, hidden, inner, experts, groups, at_once,
+    tokens, pairs, rows, hidden, inner, experts, groups, row_by_row,
 ):  # fmt: skip
     x, out = floats(x, (tokens, hidden)), floats(out, (rows, hidden))
     row_tokens, row_weights = longs(row_tokens, pairs), floats(row_weights, pairs)
@@ -61,22 +61,22 @@ def _few_rows(
             for row in range(len(own)):
                 for i in range(hidden):
                     own[row, i] = x[row_tokens[start + row], i]
-            _expert(own, row_weights[part], gate_up[expert], down[expert], out[part], at_once)
+            _expert(own, row_weights[part], gate_up[expert], down[expert], out[part], row_by_row)
         start = ends[expert]
     if groups > experts:
         ones = np.ones(tokens, np.float32)
-        _expert(x, ones, gate_up[experts], down[experts], out[pairs:], at_once)
+        _expert(x, ones, gate_up[experts], down[experts], out[pairs:], row_by_row)
 
 
 @helper
-def _expert(x, weights, gate_up, down, out, at_once):
+def _expert(x, weights, gate_up, down, out, row_by_row):
     """down(silu(gate(x)) * up(x) * weight) of every row."""
     rows, inner = len(x), down.shape[1]
     joint, activated = np.empty((rows, 2 * inner), np.float32), np.empty((rows, inner), np.float32)
-    multiply(x, gate_up, joint, at_once)
+    multiply(x, gate_up, joint, row_by_row)
     for row in range(rows):
         _silu_mul(joint[row, :inner], joint[row, inner:], weights[row], activated[row])
-    multiply(activated, down, out, at_once)
+    multiply(activated, down, out, row_by_row)
 
 
 @helper

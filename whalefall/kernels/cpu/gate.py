@@ -1,16 +1,14 @@
-"""The gate of a decode step: scores, choice, and the rows sorted by expert."""
+"""The gate's choice in a decode step, and the rows sorted by expert."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from whalefall.kernels.cpu.compiled import exp, floats, helper, ints, kernel, longs
-from whalefall.kernels.cpu.linear import multiply
 
 
-def gate(
-    x: Tensor,
-    weight: Tensor,
+def choose(
+    logits: Tensor,
     bias: Tensor,
     top_k: int,
     n_group: int,
@@ -18,30 +16,31 @@ def gate(
     norm_topk_prob: bool,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    """As ``ops.gate.gate``; of scores that tie the first wins."""
-    (tokens, hidden), experts = x.shape, len(weight)
-    chosen, places = x.new_empty(2, tokens, top_k, dtype=torch.int64)
-    weights = x.new_empty(tokens, top_k)
-    ends = x.new_empty(experts, dtype=torch.int32)
-    row_tokens, row_weights = chosen.new_empty(tokens * top_k), x.new_empty(tokens * top_k)
+    """As ``ops.gate.gate`` from the logits on; of scores that tie the first wins."""
+    tokens, experts = logits.shape
+    chosen, places = logits.new_empty(2, tokens, top_k, dtype=torch.int64)
+    weights = logits.new_empty(tokens, top_k)
+    ends = logits.new_empty(experts, dtype=torch.int32)
+    row_tokens, row_weights = chosen.new_empty(tokens * top_k), logits.new_empty(tokens * top_k)
     out = chosen, weights, places, ends, row_tokens, row_weights
-    sizes = (tokens, hidden, experts, top_k, n_group, topk_group)
-    _gate((x, weight, bias, *out), *sizes, int(norm_topk_prob), scale)
+    sizes = (tokens, experts, top_k, n_group, topk_group)
+    _choose_and_sort((logits, bias, *out), *sizes, int(norm_topk_prob), scale)
     return out
 
 
 @kernel
-def _gate(
-    x, weight, bias,
+def _choose_and_sort(
+    logits, bias,
     chosen, weights, places, ends, row_tokens, row_weights,
-    tokens, hidden, experts, top_k, n_group, topk_group, norm_topk_prob, scale,
+    tokens, experts, top_k, n_group, topk_group, norm_topk_prob, scale,
 ):  # fmt: skip
-    x, weight = floats(x, (tokens, hidden)), floats(weight, (experts, hidden))
-    bias, ends = floats(bias, experts), ints(ends, experts)
+    scores, bias, ends = (
+        floats(logits, (tokens, experts)),
+        floats(bias, experts),
+        ints(ends, experts),
+    )
     chosen, weights = longs(chosen, (tokens, top_k)), floats(weights, (tokens, top_k))
     places, pairs = longs(places, (tokens, top_k)), tokens * top_k
-    scores = np.empty((tokens, experts), np.float32)
-    multiply(x, weight, scores, 1)  # a token's choice does not depend on the others
     for token in range(tokens):
         _choose(scores[token], bias, chosen[token], n_group, topk_group)
         total = np.float32(1e-20)

@@ -10,28 +10,28 @@ from torch import Tensor
 from whalefall.kernels.cpu.compiled import floats, helper, kernel
 
 
-def linear(x: Tensor, weight: Tensor, *, at_once: int = 4) -> Tensor:
-    """x @ weight^T, up to four rows at a time; by one a row's bits do not depend on the others."""
+def linear(x: Tensor, weight: Tensor, *, row_by_row: bool = False) -> Tensor:
+    """x @ weight^T; row by row the bits of one do not depend on how many others there are."""
     outer, inner = weight.shape
     out = x.new_empty(*x.shape[:-1], outer)
-    _linear((x, weight, out), x.numel() // inner, inner, outer, at_once)
+    _linear((x, weight, out), x.numel() // inner, inner, outer, int(row_by_row))
     return out
 
 
 @kernel
-def _linear(x, weight, out, rows, inner, outer, at_once):
+def _linear(x, weight, out, rows, inner, outer, row_by_row):
     x, out = floats(x, (rows, inner)), floats(out, (rows, outer))
-    multiply(x, floats(weight, (outer, inner)), out, at_once)
+    multiply(x, floats(weight, (outer, inner)), out, row_by_row)
 
 
 @helper
-def multiply(x, weight, out, at_once):
+def multiply(x, weight, out, row_by_row):
     """out = x @ weight^T: rows four at a time, then two, then one, or all one by one."""
     row = 0
-    while at_once == 4 and row + 4 <= len(x):
+    while not row_by_row and row + 4 <= len(x):
         _four_rows(x[row : row + 4], weight, out[row : row + 4])
         row += 4
-    if at_once == 4 and row + 2 <= len(x):
+    if not row_by_row and row + 2 <= len(x):
         _two_rows(x[row], x[row + 1], weight, out[row], out[row + 1])
         row += 2
     while row < len(x):

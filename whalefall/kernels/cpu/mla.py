@@ -4,6 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from whalefall.kernels.cpu.compiled import exp, floats, helper, ints, kernel
+from whalefall.kernels.cpu.linear import multiply
 from whalefall.kernels.cpu.norm import norm
 
 
@@ -104,63 +105,62 @@ def _latent_attention(
     q, out = floats(q, (rows, width, heads, latent)), floats(out, (rows, width, heads, value_dim))
     pages, lengths = ints(pages, (rows, max_pages)), ints(lengths, rows)
     for row in range(rows):
-        entries = np.empty(lengths[row] + width, np.int64)
-        for key in range(len(entries)):
-            entries[key] = pages[row, key // page] * page + key % page
         for query in range(width):
-            seen = lengths[row] + query + 1
-            for head in range(heads):
-                mix(
-                    q[row, query, head],
-                    store,
-                    entries[:seen],
-                    out[row, query, head],
-                    np.float32(scale),
+            seen = min(lengths[row] + query + 1, max_pages * page)
+            weights = np.empty((seen, heads), np.float32)
+            # All heads look at a page before the next one is read.
+            for start in range(0, seen, page):
+                keys = min(page, seen - start)
+                latents = floats(
+                    store + 4 * latent * page * pages[row, start // page], (keys, latent)
                 )
+                multiply(latents, q[row, query], weights[start : start + keys], 0)
+            _softmax(weights, np.float32(scale))
+            for head in range(heads):
+                for i in range(value_dim):
+                    out[row, query, head, i] = np.float32(0)
+            for start in range(0, seen, page):
+                keys = min(page, seen - start)
+                latents = floats(
+                    store + 4 * latent * page * pages[row, start // page], (keys, latent)
+                )
+                for head in range(heads):
+                    _add(weights[start : start + keys, head], latents, out[row, query, head])
 
 
 @helper
-def mix(q, store, entries, out, scale):
-    """One head's weighted mean of the latents at these entries, four of them at a time."""
-    latent, keys = len(q), len(entries)
-    weights = np.zeros(-(-keys // 4) * 4, np.float32)
-    largest = np.float32(-np.inf)
-    for key in range(0, keys, 4):
-        a = b = c = d = np.float32(0)
-        first, second, third, fourth = four_latents(store, entries, key, latent)
-        for i in range(latent):
-            a += q[i] * first[i]
-            b += q[i] * second[i]
-            c += q[i] * third[i]
-            d += q[i] * fourth[i]
-        weights[key], weights[key + 1], weights[key + 2], weights[key + 3] = a, b, c, d
-        largest = max(largest, a, b, c, d)  # past the end the last one again
-    total = np.float32(0)
-    for key in range(keys):
-        weights[key] = exp((weights[key] - largest) * scale)
-        total += weights[key]
-    for key in range(keys, len(weights)):
-        weights[key] = np.float32(0)
-    for i in range(len(out)):
-        out[i] = np.float32(0)
-    for key in range(0, keys, 4):
-        a, b = weights[key] / total, weights[key + 1] / total
-        c, d = weights[key + 2] / total, weights[key + 3] / total
-        first, second, third, fourth = four_latents(store, entries, key, latent)
+def _softmax(scores, scale):
+    """Over the keys, for every head."""
+    keys, heads = scores.shape
+    for head in range(heads):
+        largest, total = scores[0, head], np.float32(0)
+        for key in range(1, keys):
+            largest = max(largest, scores[key, head])
+        for key in range(keys):
+            scores[key, head] = exp((scores[key, head] - largest) * scale)
+            total += scores[key, head]
+        for key in range(keys):
+            scores[key, head] /= total
+
+
+@helper
+def _add(weights, latents, out):
+    """out += weights @ latents, of which the first numbers count; four rows at a time."""
+    key = 0
+    while key + 4 <= len(weights):
+        a, b, c, d = weights[key], weights[key + 1], weights[key + 2], weights[key + 3]
         for i in range(len(out)):
-            out[i] += a * first[i] + b * second[i] + c * third[i] + d * fourth[i]
-
-
-@helper
-def four_latents(store, entries, key, latent):
-    """Those from ``key`` on; past the end the last one again."""
-    last = len(entries) - 1
-    return (
-        floats(store + 4 * latent * entries[key], latent),
-        floats(store + 4 * latent * entries[min(key + 1, last)], latent),
-        floats(store + 4 * latent * entries[min(key + 2, last)], latent),
-        floats(store + 4 * latent * entries[min(key + 3, last)], latent),
-    )
+            out[i] += (
+                a * latents[key, i]
+                + b * latents[key + 1, i]
+                + c * latents[key + 2, i]
+                + d * latents[key + 3, i]
+            )
+        key += 4
+    while key < len(weights):
+        for i in range(len(out)):
+            out[i] += weights[key] * latents[key, i]
+        key += 1
 
 
 @helper

@@ -58,7 +58,7 @@ def _decode_places(
         for i in range(width):
             at = lengths[slot] + i
             own_tokens[row, i] = tokens[slot, i]
-            entries[row, i] = pages[slot, at // page] * page + at % page
+            entries[row, i] = pages[slot, min(at // page, max_pages - 1)] * page + at % page
             for j in range(half):
                 turns[row, i, j] = rotation[at, j]
 
