@@ -4,10 +4,13 @@
     python benchmarks/engine_cpu.py runs/quickstart --json benchmarks/results/engine_cpu.json
 
 The prompts are held-out code of the run. `transformers` gets them one after the other, and all as
-one padded batch; every answer is compared, token by token.
+one padded batch; every answer is compared, token by token. Requests are of one length, which suits
+a padded batch best, or of different lengths: a quarter to all of the prompt, a quarter to seven
+quarters of the new tokens.
 """
 
 import argparse
+import random
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -62,36 +65,42 @@ def drafting(model: Transformer, prompts: list[list[int]], new: int) -> list[dic
 
 
 def concurrent(
-    model: Transformer, prompts: list[list[int]], new: int, rounds: int
+    model: Transformer, prompts: list[list[int]], new: list[int], rounds: int
 ) -> dict[str, float]:
-    """Tokens a second of all requests together, prompts included."""
+    """Tokens a second of all requests together, prompts included; ``new`` tokens for each."""
     peer = peer_model(model)
     peer.generation_config.eos_token_id = None
-    params = SamplingParams(max_tokens=new, temperature=0)
-    inputs = torch.tensor(prompts)
 
     def ours(drafts: int) -> list[list[int]]:
-        requests = [Request(prompt, params) for prompt in prompts]
+        requests = [
+            Request(prompt, SamplingParams(max_tokens=count, temperature=0))
+            for prompt, count in zip(prompts, new, strict=True)
+        ]
         engine_for(model, None, requests, drafts=drafts).complete(requests)
         return [request.tokens for request in requests]
 
-    def theirs(batch: torch.Tensor) -> list[list[int]]:
-        mask = torch.ones_like(batch)
-        out = peer.generate(batch, attention_mask=mask, max_new_tokens=new, do_sample=False)
-        return out[:, batch.shape[1] :].tolist()
+    def theirs(prompts: list[list[int]], new: list[int]) -> list[list[int]]:
+        """One batch, padded on the left, until the last one is done."""
+        width = max(map(len, prompts))
+        batch = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        out = peer.generate(batch, attention_mask=mask, max_new_tokens=max(new), do_sample=False)
+        return [row[:count] for row, count in zip(out[:, width:].tolist(), new, strict=True)]
 
     contenders: dict[str, Callable[[], list[list[int]]]] = {
         "whalefall": lambda: ours(0),
         "whalefall, 1 draft": lambda: ours(1),
-        "transformers, a batch": lambda: theirs(inputs),
-        "transformers, one by one": lambda: [theirs(row[None])[0] for row in inputs],
+        "transformers, a batch": lambda: theirs(prompts, new),
+        "transformers, one by one": lambda: [
+            theirs([prompt], [count])[0] for prompt, count in zip(prompts, new, strict=True)
+        ],
     }
     right = contenders["whalefall"]()
     for name, run in contenders.items():
         if run() != right:
             print(f"{name}: some tokens differ (ties broken by rounding)")
     seconds = alternate(contenders, rounds)
-    return {name: round(len(prompts) * new / s, 1) for name, s in seconds.items()}
+    return {name: round(sum(new) / s, 1) for name, s in seconds.items()}
 
 
 def main() -> None:
@@ -112,11 +121,20 @@ def main() -> None:
     for row in speculation:
         table.add_row(*map(str, row.values()))
     Console().print(table)
-    together = concurrent(model, prompts, args.new, args.rounds)
-    table = Table(f"{len(prompts)} requests", "tokens/s", "ours is faster by")
-    for name, speed in together.items():
-        table.add_row(name, str(speed), f"{together['whalefall'] / speed:.2f}")
-    Console().print(table)
+    draw = random.Random(0)
+    cut = [prompt[: draw.randint(args.prompt // 4, args.prompt)] for prompt in prompts]
+    wanted = [draw.randint(args.new // 4, args.new * 7 // 4) for _ in prompts]
+    loads = {
+        "of one length": (prompts, [args.new] * len(prompts)),
+        "of different lengths": (cut, wanted),
+    }
+    together = {}
+    for name, (some, new) in loads.items():
+        found = together[name] = concurrent(model, some, new, args.rounds)
+        table = Table(f"{len(prompts)} requests {name}", "tokens/s", "ours is faster by")
+        for who, speed in found.items():
+            table.add_row(who, str(speed), f"{found['whalefall'] / speed:.2f}")
+        Console().print(table)
     if args.json:
         work = {"requests": len(prompts), "prompt_tokens": args.prompt, "new_tokens": args.new}
         write_result(args.json, {**work, "one_request": speculation, "together": together})
