@@ -37,14 +37,19 @@ def runs_kernel(*tensors: Tensor) -> bool:
     return all(x.is_cuda and x.dtype in (torch.bfloat16, torch.float32) for x in tensors)
 
 
-def runs_cpu_kernel(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+def runs_cpu_kernel(
+    first: Tensor, *others: Tensor | None, dtype: torch.dtype = torch.float32
+) -> bool:
     """Whether our Numba kernels take these: in memory, of this type, with no gradient wanted.
 
     They read addresses, so whatever a kernel is given must have passed here or been made for it.
+    None, an operand that is left out, passes.
     """
-    if not tensors[0].is_cpu or not _HAS_NUMBA or torch.is_grad_enabled():
+    if not first.is_cpu or not _HAS_NUMBA or torch.is_grad_enabled():
         return False
-    for x in tensors:
+    for x in (first, *others):
+        if x is None:
+            continue
         in_memory = type(x) in _PLAIN and x.is_cpu and x.is_contiguous()
         if not in_memory or x.dtype != dtype:
             return False

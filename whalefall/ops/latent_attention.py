@@ -156,9 +156,9 @@ def _gathered(
     """Two products over the latents of all rows side by side, as many as the longest row has."""
     rows, width, heads, _ = q.shape
     last = lengths.unsqueeze(1) + torch.arange(width, device=lengths.device)
-    keys = int(last.max()) + 1 if rows else 0
     own, ids = _decoded(store, pages, lengths, width, value_dim, q.dtype)
-    latents = own.view(rows, ids.shape[1] * PAGE, own.shape[-1])[:, :keys]
+    keys = ids.shape[1] * PAGE  # whole pages; what no query sees is hidden below
+    latents = own.view(rows, keys, own.shape[-1])
     hidden = torch.arange(keys, device=lengths.device) > last.unsqueeze(-1)
     bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
     bias = bias.masked_fill_(hidden, -torch.inf).repeat_interleave(heads, 1)

@@ -30,8 +30,8 @@ def merge_norm(
         from whalefall.kernels import merge_norm as kernel
 
         return kernel.forward(residual, rows, places, shared, weight, eps)
-    floats = (residual, rows, weight) if shared is None else (residual, rows, weight, shared)
-    if runs_cpu_kernel(*floats) and runs_cpu_kernel(places, dtype=torch.int64):
+    is_plain = runs_cpu_kernel(residual, rows, weight, shared)
+    if is_plain and runs_cpu_kernel(places, dtype=torch.int64):
         from whalefall.kernels.cpu import norm
 
         return norm.merge_norm(residual, rows, places, shared, weight, eps)

@@ -65,8 +65,8 @@ def _entries(
     joint: Tensor, q_weight: Tensor | None, kv_weight: Tensor, rotation: Tensor, eps: float
 ) -> tuple[Tensor | None, Tensor]:
     """As ``reference``, in the library's calls or a kernel of the CPU."""
-    weights = (kv_weight,) if q_weight is None else (q_weight, kv_weight)
-    if runs_cpu_kernel(joint, *weights) and runs_cpu_kernel(rotation, dtype=torch.complex64):
+    is_plain = runs_cpu_kernel(joint, q_weight, kv_weight)
+    if is_plain and runs_cpu_kernel(rotation, dtype=torch.complex64):
         from whalefall.kernels.cpu import mla
 
         return mla.mla_latents(joint, q_weight, kv_weight, rotation, eps)

@@ -27,7 +27,7 @@ def swiglu(
     gate_up: Float[Tensor, "rows twice"], weights: Float[Tensor, "rows"] | None = None
 ) -> Float[Tensor, "rows inner"]:
     """silu(gate) * up of rows that hold [gate, up], times each row's weight (arXiv 2002.05202)."""
-    if runs_cpu_kernel(gate_up, *(() if weights is None else (weights,))):
+    if runs_cpu_kernel(gate_up, weights):
         from whalefall.kernels.cpu import experts as cpu_kernel
 
         return cpu_kernel.swiglu(gate_up, weights)

@@ -91,7 +91,7 @@ class _Choice:
         entries: Sequence[TokenLogprobs | None] = [] if silent else delta.logprobs
         text = "" if silent else delta.text
         if delta.end is not None and not silent:
-            # lm-evaluation-harness takes the last entry for the generated token's.
+            # Each chosen token has an entry; lm-evaluation-harness reads the last one as its own.
             tokens, entries = [*tokens, delta.end.token], [*entries, delta.end]
         if self._echo is not None:
             request = delta.request

@@ -34,11 +34,8 @@ def _choose_and_sort(
     chosen, weights, places, ends, row_tokens, row_weights,
     tokens, experts, top_k, n_group, topk_group, norm_topk_prob, scale,
 ):  # fmt: skip
-    scores, bias, ends = (
-        floats(logits, (tokens, experts)),
-        floats(bias, experts),
-        ints(ends, experts),
-    )
+    scores = floats(logits, (tokens, experts))
+    bias, ends = floats(bias, experts), ints(ends, experts)
     chosen, weights = longs(chosen, (tokens, top_k)), floats(weights, (tokens, top_k))
     places, pairs = longs(places, (tokens, top_k)), tokens * top_k
     for token in range(tokens):
