@@ -1,6 +1,7 @@
-"""What decoding does on a CPU, compiled by Numba and by torch's calls, against the definitions."""
+"""Decoding on a CPU, and training between its products: by Numba and by torch's calls."""
 
-import functools
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from whalefall.ops.decode_places import advance, decode_places
 from whalefall.ops.few_rows import Weight
 
 TOKENS = [0, 1, 2, 3, 4, 5, 7, 16]
-randn = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True, params=["compiled", "by torch"])
@@ -75,10 +76,46 @@ def test_linear_of_strided_rows_and_of_batches() -> None:
 def test_norms(tokens: int, scale: float) -> None:
     x, delta, weight = randn(tokens, 48) * scale, randn(tokens, 48) * scale, randn(48)
     close(rms_norm.rms_norm(x, weight, 1e-6), rms_norm.reference(*doubles(x, weight), 1e-6))
-    total, normed = rms_norm.add_rms_norm(x, delta, weight, 1e-6)
+    total, normed = rms_norm.add_rms_norm(x, (delta,), weight, 1e-6)
     right = x.double() + delta.double()
     close(total, right)
     close(normed, rms_norm.reference(right, weight.double(), 1e-6))
+
+
+def gradients(run: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Of a weighted sum of the result."""
+    with torch.inference_mode(False):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = run(*leaves)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        return torch.autograd.grad((out * weights).sum(), leaves)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
+@pytest.mark.parametrize("strided", [False, True])
+def test_gradients_of_a_norm(tokens: int, scale: float, strided: bool) -> None:
+    x, weight = randn(tokens, 80) * scale, randn(48)
+
+    def run(norm: Callable[..., Tensor], x: Tensor, weight: Tensor) -> Tensor:
+        return norm(x[:, 32:] if strided else x[:, 32:].contiguous(), weight, 1e-6)
+
+    found = gradients(partial(run, rms_norm.rms_norm), x, weight)
+    right = gradients(partial(run, rms_norm.reference), *doubles(x, weight))
+    for mine, theirs in zip(found, right, strict=True):
+        close(mine, theirs)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+def test_gradients_of_swiglu(tokens: int, scale: float) -> None:
+    """Also far out, where the exponential ends."""
+    joint, weights = randn(tokens, 46) * scale, randn(tokens)
+    for inputs in ((joint,), (joint, weights)):
+        found = gradients(swiglu.swiglu, *inputs)
+        right = gradients(swiglu.reference, *doubles(*inputs))
+        for mine, theirs in zip(found, right, strict=True):
+            close(mine, theirs)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -248,7 +285,8 @@ def test_what_has_no_plain_memory_takes_the_other_way() -> None:
     close(linear.linear(x, weight.T), right)
     close(linear.linear(x, randn(96, 128)[:, ::2].copy_(weight.T)), right)
     assert linear.linear(x.to("meta"), weight.T.to("meta")).shape == (3, 96)
-    total, _ = rms_norm.add_rms_norm(x, randn(1, 64).expand(3, -1), randn(64), 1e-6)
+    delta = randn(1, 64).expand(3, -1)
+    total, _ = rms_norm.add_rms_norm(x, (delta,), randn(64), 1e-6)
     assert total.shape == x.shape
     column_major = randn(48, 3).T
     close(

@@ -52,7 +52,7 @@ def gradients(total: Tensor, *inputs: Tensor) -> list[Tensor]:
 def test_equals_the_definition_whatever_the_chunks(
     monkeypatch: pytest.MonkeyPatch, tokens: int, rows_a_chunk: int, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", rows_a_chunk * VOCAB)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", rows_a_chunk)
     hidden, head, targets, weights = problem(tokens, dtype)
     expected, expected_nll = by_definition(hidden, head, targets, weights)
     total, nll = linear_cross_entropy(hidden, head, targets, weights)
@@ -186,7 +186,7 @@ def largest_tensor(function: Any, inputs: Problem) -> int:
 
 def test_the_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, rows_a_chunk = 40, 10
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", rows_a_chunk * VOCAB)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", rows_a_chunk)
     inputs = problem(tokens)
     assert largest_tensor(reference, inputs) == tokens * VOCAB  # the measure sees what it should
     assert largest_tensor(linear_cross_entropy, inputs) == rows_a_chunk * VOCAB

@@ -19,8 +19,9 @@ from whalefall.ops.function import runs_kernel
 IGNORED = -100
 """Target of a position that has none."""
 
-CHUNK_LOGITS = 2**25
-"""FP32 logits alive at a time (128 MiB)."""
+CHUNK_ROWS = 256
+"""Rows of logits alive at a time on a CPU: enough for a GEMM, and of a small vocabulary few enough
+for the cache. Of V3's they take 126 MiB."""
 
 CHUNK_LOGITS_CUDA = 2**28
 """Logits alive at a time on CUDA (512 MiB in BF16): each chunk reads and writes the sum of the
@@ -59,8 +60,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, token_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        most = CHUNK_LOGITS_CUDA if runs_kernel(hidden, head) else CHUNK_LOGITS
-        rows = max(1, most // len(head))
+        on_cuda = runs_kernel(hidden, head)
+        rows = max(1, CHUNK_LOGITS_CUDA // len(head)) if on_cuda else CHUNK_ROWS
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_head = None
         if needs_head:

@@ -1,6 +1,7 @@
 """SwiGLU, and the experts of few rows around it."""
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from whalefall.kernels.cpu.compiled import exp, floats, helper, ints, kernel, longs
@@ -33,6 +34,18 @@ def swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
     return out
 
 
+def swiglu_backward(
+    grad: Tensor, gate_up: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``gate_up`` and of the weights."""
+    grad_gate_up = torch.empty_like(gate_up)
+    grad_weights = None if weights is None else torch.empty_like(weights)
+    inner = grad.shape[-1]
+    tensors = (grad, gate_up, weights, grad_gate_up, grad_weights)
+    _swiglu_backward(tensors, grad.numel() // inner, inner)
+    return grad_gate_up, grad_weights
+
+
 @kernel
 def _swiglu(gate_up, weights, out, rows, inner):
     is_weighted = weights != 0
@@ -41,6 +54,26 @@ def _swiglu(gate_up, weights, out, rows, inner):
     for row in range(rows):
         weight = weights[row] if is_weighted else np.float32(1)
         _silu_mul(gate_up[row, :inner], gate_up[row, inner:], weight, out[row])
+
+
+@kernel
+def _swiglu_backward(grad, gate_up, weights, grad_gate_up, grad_weights, rows, inner):
+    is_weighted = weights != 0
+    grad, weights = floats(grad, (rows, inner)), floats(weights, rows)
+    gate_up, grad_weights = floats(gate_up, (rows, 2, inner)), floats(grad_weights, rows)
+    grad_gate_up = floats(grad_gate_up, (rows, 2, inner))
+    for row in range(rows):
+        weight, along = weights[row] if is_weighted else np.float32(1), np.float32(0)
+        for i in range(inner):
+            gate, up = gate_up[row, 0, i], gate_up[row, 1, i]
+            sigmoid = np.float32(1) / (np.float32(1) + exp(-gate))
+            silu, grad_out = gate * sigmoid, grad[row, i]
+            along += grad_out * silu * up
+            grad_out *= weight
+            grad_gate_up[row, 0, i] = grad_out * up * (sigmoid + silu * (np.float32(1) - sigmoid))
+            grad_gate_up[row, 1, i] = grad_out * silu
+        if is_weighted:
+            grad_weights[row] = along
 
 
 @kernel

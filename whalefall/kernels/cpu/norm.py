@@ -25,6 +25,14 @@ def add_rms_norm(
     return total, out
 
 
+def backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of what was normed and of the weight; ``scale`` is 1 / rms of each row."""
+    grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+    tensors = (grad, x, weight, scale, grad_x, grad_weight)
+    _backward(tensors, scale.numel(), len(weight))
+    return grad_x, grad_weight
+
+
 def merge_norm(
     residual: Tensor,
     rows: Tensor,
@@ -45,6 +53,22 @@ def _rms_norm(x, weight, out, rows, dim, eps):
     x, weight, out = floats(x, (rows, dim)), floats(weight, dim), floats(out, (rows, dim))
     for row in range(rows):
         norm(x[row], weight, out[row], eps)
+
+
+@kernel
+def _backward(grad, x, weight, scale, grad_x, grad_weight, rows, dim):
+    grad, x, scale = floats(grad, (rows, dim)), floats(x, (rows, dim)), floats(scale, rows)
+    weight, grad_weight = floats(weight, dim), floats(grad_weight, dim)
+    grad_x = floats(grad_x, (rows, dim))
+    for row in range(rows):
+        along = np.float32(0)
+        for i in range(dim):
+            product = grad[row, i] * x[row, i] * scale[row]
+            grad_weight[i] += product
+            along += product * weight[i]
+        along *= scale[row] / np.float32(dim)
+        for i in range(dim):
+            grad_x[row, i] = (grad[row, i] * weight[i] - x[row, i] * along) * scale[row]
 
 
 @kernel
