@@ -1,6 +1,10 @@
-"""RMSNorm on a step's 16,384 tokens: the residual stream, and both latents of attention."""
+"""RMSNorm on a step's 16,384 tokens: the residual stream, and both latents of attention.
+
+The stream's norms add what is new in it first, and are read by several.
+"""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +21,10 @@ def rows() -> Iterator[Row]:
         inputs = [_random(TOKENS, width)[:, :dim].detach().requires_grad_(), _random(dim)]
         name = f"rms_norm {dim}" + (f" of {width}" if width > dim else "")
         yield from _both_ways(name, 2, 3, inputs, _own, _torch)
-    inputs = [_random(TOKENS, 2048), _random(TOKENS, 2048), _random(2048)]
-    yield from _both_ways("add_rms_norm 2048", 4, 4, inputs, _own_sum, _torch_sum)
+    for deltas, uses, where in ((1, 1, ""), (2, 2, " before attention"), (1, 3, " before experts")):
+        inputs = [_random(2048), *(_random(TOKENS, 2048) for _ in range(1 + deltas))]
+        own, peer = partial(_own_sum, uses), partial(_torch_sum, uses)
+        yield from _both_ways(f"add_rms_norm 2048{where}", 3 + deltas, 3 + uses, inputs, own, peer)
 
 
 def _both_ways(
@@ -30,7 +36,7 @@ def _both_ways(
     peer: Callable[..., tuple[Tensor, ...]],
 ) -> Iterator[Row]:
     """``forward`` and ``backward`` are the numbers that must move for one of an input."""
-    nbytes = inputs[0].numel() * inputs[0].itemsize
+    nbytes = max(tensor.numel() * tensor.itemsize for tensor in inputs)
     yield Row(
         name,
         lambda: own(*inputs),
@@ -67,10 +73,11 @@ def _torch(x: Tensor, weight: Tensor) -> tuple[Tensor]:
     return (F.rms_norm(x, weight.shape, weight, EPS),)
 
 
-def _own_sum(residual: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return add_rms_norm(residual, delta, weight, EPS)
+def _own_sum(uses: int, weight: Tensor, residual: Tensor, *deltas: Tensor) -> tuple[Tensor, ...]:
+    return add_rms_norm(residual, deltas, weight, EPS, uses)
 
 
-def _torch_sum(residual: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    total = residual + delta
-    return total, F.rms_norm(total, weight.shape, weight, EPS)
+def _torch_sum(uses: int, weight: Tensor, residual: Tensor, *deltas: Tensor) -> tuple[Tensor, ...]:
+    total = sum(deltas, start=residual)
+    normed = F.rms_norm(total, weight.shape, weight, EPS)
+    return total, *(normed.view_as(normed) for _ in range(uses))  # whose gradients autograd adds

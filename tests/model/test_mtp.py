@@ -8,6 +8,7 @@ from whalefall.config.model import ModelConfig
 from whalefall.model.attention import Context
 from whalefall.model.block import Block
 from whalefall.model.transformer import Transformer
+from whalefall.ops.rms_norm import add_up
 
 SEQ = 9
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -50,7 +51,7 @@ def by_equations(model: Transformer, row: Tensor) -> list[Tensor]:
             )  # eq. 21
         x = torch.stack(joined).unsqueeze(0)
         context = Context(model.rotation(torch.arange(len(joined)).unsqueeze(0)))
-        h = Block.forward(module, x, context)[0][0]  # eq. 22
+        h = add_up(*Block.forward(module, (x,), context)[0])[0]  # eq. 22
         previous = torch.stack([normed(x, module.shared_head.norm.weight) for x in h])
         logits.append(previous @ model.lm_head.weight.T)  # eq. 23: the main model's head
     return logits

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from whalefall.ops.rms_norm import add_rms_norm, reference, rms_norm
+from whalefall.ops.rms_norm import add_rms_norm, add_up, reference, rms_norm
 
 DIM = 6
 
@@ -63,23 +63,41 @@ def test_bfloat16_is_normed_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3), (2, 0)])
-def test_adding_first(batch: tuple[int, ...]) -> None:
-    """The sum and its norm; gradients of both reach both terms."""
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_adding_first(batch: tuple[int, ...], count: int) -> None:
+    """The sum and its norm; gradients of both reach every term."""
     residual, weight = problem(*batch)
-    delta = torch.randn_like(residual, requires_grad=True)
-    total, normed = add_rms_norm(residual, delta, weight, 0.1)
-    assert torch.equal(total, residual + delta)
-    torch.testing.assert_close(normed, reference(residual + delta, weight, 0.1))
+    deltas = [torch.randn_like(residual, requires_grad=True) for _ in range(count)]
+    total, normed = add_rms_norm(residual, deltas, weight, 0.1)
+    torch.testing.assert_close(total, sum(deltas, start=residual))
+    assert torch.equal(add_up(residual, *deltas), total)
+    torch.testing.assert_close(normed, reference(total, weight, 0.1))
     if residual.numel():
-        inputs = residual, delta, weight
-        assert torch.autograd.gradcheck(lambda x, y, w: add_rms_norm(x, y, w, 0.1), inputs)
+        inputs = weight, residual, *deltas
+        assert torch.autograd.gradcheck(lambda w, x, *ys: add_rms_norm(x, ys, w, 0.1), inputs)
 
 
-def test_the_sum_has_the_residuals_type_and_is_rounded_before_it_is_normed() -> None:
+def test_every_use_has_the_norm_and_their_gradients_add_up() -> None:
+    residual, weight = problem(3)
+    deltas = [torch.randn_like(residual, requires_grad=True) for _ in range(2)]
+    _, *uses = add_rms_norm(residual, deltas, weight, 0.1, uses=3)
+    _, once = add_rms_norm(residual, deltas, weight, 0.1)
+    assert len(uses) == 3 and all(torch.equal(use, once) for use in uses)
+    outer = torch.randn(3, *once.shape, dtype=once.dtype)
+    inputs = weight, residual, *deltas
+    expected = torch.autograd.grad(once, inputs, outer.sum(0))
+    for own, right in zip(torch.autograd.grad(uses, inputs, list(outer)), expected, strict=True):
+        torch.testing.assert_close(own, right)
+
+
+def test_the_sum_has_the_residuals_type_and_is_rounded_once_before_it_is_normed() -> None:
     residual, weight = (x.detach() for x in problem(50, dtype=torch.bfloat16))
-    delta = torch.randn(50, DIM, generator=torch.Generator().manual_seed(0))
-    total, normed = add_rms_norm(residual, delta, weight, 1e-6)
-    assert torch.equal(total, (residual.float() + delta).bfloat16())
+    generator = torch.Generator().manual_seed(0)
+    deltas = torch.randn(2, 50, DIM, generator=generator)
+    deltas = [deltas[0], deltas[1].bfloat16()]
+    total, normed = add_rms_norm(residual, deltas, weight, 1e-6)
+    assert torch.equal(total, (residual.float() + deltas[0] + deltas[1].float()).bfloat16())
+    assert torch.equal(add_up(residual, *deltas), total)
     assert torch.equal(normed, rms_norm(total, weight, 1e-6))
 
 
@@ -93,20 +111,25 @@ GPU_BOUND = {torch.bfloat16: 3e-3, torch.float32: 1e-5}
 GPU_SHAPES = [(33, 6), (1000, 512), (2000, 2048), (9, 7168), (0, 8)]
 
 
-def gpu_problem(rows: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x and delta whose rows lie apart, a weight, and a gradient that is none of autograd's own."""
+def gpu_random(count: int, rows: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """Matrices whose rows lie apart."""
     generator = torch.Generator("cuda").manual_seed(dim)
-    like = {"device": "cuda", "generator": generator}
-    x, delta, outer = torch.randn(3, rows, dim + 64, **like).to(dtype)[..., :dim]
-    weight = torch.randn(dim, **like).to(dtype).requires_grad_()
-    return x.requires_grad_(), delta.requires_grad_(), weight, outer
+    whole = torch.randn(count, rows, dim + 64, device="cuda", generator=generator).to(dtype)
+    return list(whole[..., :dim])
+
+
+def gpu_problem(rows: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x, a weight, and a gradient that is none of autograd's own."""
+    x, outer = gpu_random(2, rows, dim, dtype)
+    (weight,) = gpu_random(1, 1, dim, dtype)
+    return x.requires_grad_(), weight[0].clone().requires_grad_(), outer
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", GPU_BOUND)
 @pytest.mark.parametrize(("rows", "dim"), GPU_SHAPES)
 def test_cuda_agrees_with_the_definition(rows: int, dim: int, dtype: torch.dtype) -> None:
-    x, _, weight, outer = gpu_problem(rows, dim, dtype)
+    x, weight, outer = gpu_problem(rows, dim, dtype)
     wide = [value.detach().double().requires_grad_() for value in (x, weight)]
     own, right = rms_norm(x, weight, 1e-6), reference(*wide, 1e-6)
     assert own.dtype == dtype and relative_error(own, right) < GPU_BOUND[dtype]
@@ -121,32 +144,73 @@ def test_cuda_agrees_with_the_definition(rows: int, dim: int, dtype: torch.dtype
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", GPU_BOUND)
 @pytest.mark.parametrize(("rows", "dim"), GPU_SHAPES)
-def test_cuda_adds_first(rows: int, dim: int, dtype: torch.dtype) -> None:
-    x, delta, weight, outer = gpu_problem(rows, dim, dtype)
-    total, normed = add_rms_norm(x, delta, weight, 1e-6)
-    assert torch.equal(total, x + delta)
+@pytest.mark.parametrize(("count", "uses"), [(0, 2), (1, 1), (1, 3), (2, 2), (3, 4)])
+def test_cuda_adds_first(rows: int, dim: int, dtype: torch.dtype, count: int, uses: int) -> None:
+    """``count`` deltas before the norm, the gradients of ``uses`` readers after it."""
+    _, weight, _ = gpu_problem(rows, dim, dtype)
+    terms, outer = (gpu_random(n, rows, dim, dtype) for n in (1 + count, 1 + uses))
+    outer[1] = outer[1].contiguous()  # strides of their own
+    terms = [term.requires_grad_() for term in terms]
+    total, *normed = add_rms_norm(terms[0], terms[1:], weight, 1e-6, uses)
+    assert torch.equal(total, sum(term.float() for term in terms).to(dtype))
+    assert torch.equal(add_up(*terms), total)
     wide = [value.detach().double().requires_grad_() for value in (total, weight)]
     right = reference(*wide, 1e-6)
-    assert relative_error(normed, right) < GPU_BOUND[dtype]
-    other_outer = outer.flip(0)
-    inputs = x, delta, weight
-    grads = torch.autograd.grad((total, normed), inputs, (other_outer, outer), retain_graph=True)
-    grad_total, grad_weight = torch.autograd.grad(right, wide, outer.double())
-    assert torch.equal(grads[0], grads[1])
-    assert relative_error(grads[0], grad_total + other_outer) < GPU_BOUND[dtype]
-    assert relative_error(grads[2], grad_weight) < GPU_BOUND[dtype]
-    # Either output may be all that the loss depends on.
-    (alone,) = torch.autograd.grad(normed, x, outer, retain_graph=True)
-    assert relative_error(alone, grad_total) < GPU_BOUND[dtype]
-    (alone,) = torch.autograd.grad(total, delta, other_outer)
-    assert torch.equal(alone, other_outer)
+    assert len(normed) == uses
+    for use in normed:
+        assert use.dtype == dtype and relative_error(use, right) < GPU_BOUND[dtype]
+
+    inputs, outputs = (*terms, weight), (total, *normed)
+    grads = torch.autograd.grad(outputs, inputs, outer, retain_graph=True)
+    of_norms = sum(grad.double() for grad in outer[1:])
+    grad_total, grad_weight = torch.autograd.grad(right, wide, of_norms, retain_graph=True)
+    assert all(torch.equal(grad, grads[0]) for grad in grads[:-1])
+    assert relative_error(grads[0], grad_total + outer[0].double()) < GPU_BOUND[dtype]
+    assert relative_error(grads[-1], grad_weight) < GPU_BOUND[dtype]
+    again = torch.autograd.grad(outputs, inputs, outer, retain_graph=True)
+    assert all(torch.equal(*pair) for pair in zip(grads, again, strict=True))
+
+    # Any output may be all that the loss depends on.
+    (alone,) = torch.autograd.grad(normed[-1], terms[-1], outer[-1], retain_graph=True)
+    (right_alone,) = torch.autograd.grad(right, wide[:1], outer[-1].double())
+    assert relative_error(alone, right_alone) < GPU_BOUND[dtype]
+    (alone,) = torch.autograd.grad(total, terms[-1], outer[0])
+    assert torch.equal(alone, outer[0])
+
+
+@pytest.mark.gpu
+def test_cuda_takes_long_rows_and_many_gradients() -> None:
+    """More than shared memory has room for at once: fewer are on their way, or none."""
+    for dim in (8192, 16384):
+        x, weight, _ = gpu_problem(5, dim, torch.float32)
+        outer = gpu_random(6, 5, dim, torch.float32)
+        wide = [value.detach().double().requires_grad_() for value in (x, weight)]
+        outputs = add_rms_norm(x, (), weight, 1e-6, uses=5)
+        grads = torch.autograd.grad(outputs, (x, weight), outer)
+        right = reference(*wide, 1e-6)
+        of_norm = sum(grad.double() for grad in outer[1:])
+        right_x, right_weight = torch.autograd.grad(right, wide, of_norm)
+        assert relative_error(grads[0], right_x + outer[0].double()) < 1e-5
+        assert relative_error(grads[1], right_weight) < 1e-5
+
+
+@pytest.mark.gpu
+def test_cuda_sees_a_change_in_place() -> None:
+    """The uses share their memory, and autograd knows."""
+    x, weight, _ = gpu_problem(4, 8, torch.float32)
+    _, first, second = add_rms_norm(x, (), weight, 1e-6, uses=2)
+    loss = first.square().sum()
+    with torch.no_grad():
+        second.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("value", [0.0, 1e4])
 @pytest.mark.parametrize("dtype", GPU_BOUND)
 def test_cuda_takes_zeros_and_outliers(value: float, dtype: torch.dtype) -> None:
-    x, _, weight, outer = gpu_problem(50, 1536, dtype)
+    x, weight, outer = gpu_problem(50, 1536, dtype)
     with torch.no_grad():
         x[::7] = value
         x[3, 100] = value

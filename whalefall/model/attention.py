@@ -65,23 +65,29 @@ class LatentAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch seq hidden"], context: Context
     ) -> Float[Tensor, "batch seq hidden"]:
+        """Sequences attend to themselves."""
+        config, heads = self.config, self.config.num_attention_heads
+        widths = [config.q_lora_rank or 0, config.kv_lora_rank, config.qk_rope_head_dim]
+        joint = self._down(x.flatten(0, 1)).unflatten(0, x.shape[:-1])
+        query, latent, k_rope = joint.split_with_sizes(widths, -1)
+        q = self.q_b_proj(self.q_a_layernorm(query)) if config.q_lora_rank else self.q_proj(x)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent))
+        q, k, v = mla_heads(
+            q.unflatten(-1, (heads, -1)), kv.unflatten(-1, (heads, -1)), k_rope, context.rotation
+        )
         mask = None if context.mask is None else context.mask.unsqueeze(1)
-        compressed, k_rope = self._compress(x)
-        out = self._expanded(self._project_query(x), compressed, k_rope, context.rotation, mask)
-        return self.o_proj(out)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = attention(q, k, v, scale=self.scale, mask=mask)
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
 
     def infer(
         self, x: Float[Tensor, "tokens hidden"], step: CachedStep
     ) -> Float[Tensor, "tokens hidden"]:
         """Sequences continue: their latents are cached, and each attends to its own pages."""
         config, store = self.config, step.cache.latents.select(0, self.layer)
-        if config.q_lora_rank is None:
-            joint, q_weight = self.kv_a_proj_with_mqa(x), None
-        else:
-            joint = self._down(x)
-            q_weight = self.q_a_layernorm.weight
+        q_weight = None if config.q_lora_rank is None else self.q_a_layernorm.weight
         compressed_query = mla_latents(
-            joint, q_weight, self.kv_a_layernorm.weight, step.rotation, store, step.slots
+            self._down(x), q_weight, self.kv_a_layernorm.weight, step.rotation, store, step.slots
         )
         q = self.q_proj(x) if compressed_query is None else self.q_b_proj(compressed_query)
         q = q.view(len(x), config.num_attention_heads, config.qk_head_dim)
@@ -92,18 +98,6 @@ class LatentAttention(nn.Module):
         if step.prompts is not None:
             outs.append(self._prompts(q[start:], step.rotation[start:], store, step.prompts))
         return self.o_proj(outs[0] if len(outs) == 1 else torch.cat(outs))
-
-    def _expanded(
-        self,
-        q: Float[Tensor, "batch seq heads qk"],
-        compressed: Float[Tensor, "batch seq kv_lora"],
-        k_rope: Float[Tensor, "batch seq rope"],
-        rotation: Complex[Tensor, "#batch seq half"],
-        mask: Bool[Tensor, "batch 1 seq seq"] | None,
-    ) -> Float[Tensor, "batch seq values"]:
-        """Sequences attend to themselves."""
-        kv = self.kv_b_proj(compressed).unflatten(-1, (self.config.num_attention_heads, -1))
-        return self._attend(*mla_heads(q, kv, k_rope, rotation), mask)
 
     def _prompts(
         self,
@@ -147,41 +141,12 @@ class LatentAttention(nn.Module):
         return unfold_values(mixed.flatten(0, 1), w_uv)
 
     def _down(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens joint"]:
-        """The queries' latents and the keys and values', side by side."""
+        """The queries' latents, if they have any, and the keys and values', side by side."""
+        if self.config.q_lora_rank is None:
+            return self.kv_a_proj_with_mqa(x)
         if self.q_a_proj.bias is None:
             return self.q_a_proj.beside(self.kv_a_proj_with_mqa, x)
         return torch.cat([self.q_a_proj(x), self.kv_a_proj_with_mqa(x)], 1)
-
-    def _project_query(
-        self, x: Float[Tensor, "batch seq hidden"]
-    ) -> Float[Tensor, "batch seq heads qk"]:
-        tokens = x.flatten(0, 1)
-        if self.config.q_lora_rank is None:
-            q = self.q_proj(tokens)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(tokens)))
-        return q.view(*x.shape[:-1], self.config.num_attention_heads, self.config.qk_head_dim)
-
-    def _compress(
-        self, x: Float[Tensor, "batch seq hidden"]
-    ) -> tuple[Float[Tensor, "batch seq kv_lora"], Float[Tensor, "batch seq rope"]]:
-        """The normed latent, and the shared key before its rotation."""
-        config = self.config
-        joint = self.kv_a_proj_with_mqa(x.flatten(0, 1)).view(*x.shape[:-1], config.latent_dim)
-        latent, k_rope = joint.split_with_sizes([config.kv_lora_rank, config.qk_rope_head_dim], -1)
-        return self.kv_a_layernorm(latent), k_rope
-
-    def _attend(
-        self,
-        q: Float[Tensor, "batch seq heads qk"],
-        k: Float[Tensor, "batch keys heads qk"],
-        v: Float[Tensor, "batch keys heads v"],
-        mask: Bool[Tensor, "batch 1 seq keys"] | None,
-    ) -> Float[Tensor, "batch seq values"]:
-        out = attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=self.scale, mask=mask
-        )
-        return out.transpose(1, 2).flatten(-2)
 
 
 def expansion_is_cheaper(config: ModelConfig, width: int) -> bool:

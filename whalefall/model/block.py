@@ -20,6 +20,10 @@ from whalefall.model.norm import RMSNorm
 from whalefall.model.recompute import Recompute, rerun, rerun_around_attention
 from whalefall.model.router import Routing
 from whalefall.ops.merge_norm import merge_norm
+from whalefall.ops.rms_norm import add_up
+
+Stream = tuple[Float[Tensor, "batch seq hidden"], ...]
+"""The residual stream between blocks, as terms of its sum: who norms it next adds them."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +32,18 @@ class Attended:
 
     residual: Float[Tensor, "batch seq hidden"]
     normed: Float[Tensor, "tokens hidden"]
+    normed_again: Float[Tensor, "tokens hidden"]
+    """The same for the shared experts: the norm adds their gradient to the others' itself."""
     routing: Routing | None
     """None in a dense layer."""
 
 
 @dataclass(frozen=True)
 class Computed:
-    """After the experts: routed rows where the experts are, the rest where the tokens are."""
+    """After the experts."""
 
-    routed: Float[Tensor, "pairs hidden"] | None
-    """None in a dense layer."""
+    routed: Float[Tensor, "there hidden"] | None
+    """Sums of the tokens' routed experts, where these are. None in a dense layer."""
     shared: Float[Tensor, "tokens hidden"] | None
     """Of the shared experts, or of a dense layer as a whole."""
 
@@ -53,15 +59,17 @@ class Block(nn.Module):
         is_dense = config.is_dense or layer < config.first_k_dense_replace
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if is_dense else MoE(config)
 
-    def attend(self, x: Float[Tensor, "batch seq hidden"], context: Context) -> Attended:
+    def attend(self, stream: Stream, context: Context) -> Attended:
         if self.recompute == "selective" and torch.is_grad_enabled():
-            attended = rerun_around_attention(self._attention, x, context)
+            x, attended = rerun_around_attention(
+                lambda x, context: self._attention((x,), context), add_up(*stream), context
+            )
         else:
-            attended = self._attention(x, context)
-        residual, normed = self.post_attention_layernorm.after_add(x, attended)
-        normed = normed.flatten(0, 1)
-        routing = self.mlp.gate(normed) if isinstance(self.mlp, MoE) else None
-        return Attended(residual, normed, routing)
+            x, attended = self._attention(stream, context)
+        residual, *readers = self.post_attention_layernorm.after_add(x, attended, uses=3)
+        normed, again, for_gate = (reader.flatten(0, 1) for reader in readers)
+        routing = self.mlp.gate(for_gate) if isinstance(self.mlp, MoE) else None
+        return Attended(residual, normed, again, routing)
 
     def dispatch(self, attended: Attended) -> Dispatched | None:
         if attended.routing is None:
@@ -69,10 +77,9 @@ class Block(nn.Module):
         return self.dispatcher.dispatch(attended.normed, attended.routing)
 
     def experts(self, attended: Attended, dispatched: Dispatched | None) -> Computed:
-        x = attended.normed
         if isinstance(self.mlp, MLP) or dispatched is None:
-            return Computed(None, self.mlp(x))
-        shared = self.mlp.shared_experts
+            return Computed(None, self.mlp(attended.normed))
+        shared, x = self.mlp.shared_experts, attended.normed_again
         return Computed(self.mlp.experts(dispatched), None if shared is None else shared(x))
 
     def combine(
@@ -82,21 +89,15 @@ class Block(nn.Module):
             return None
         return self.dispatcher.combine(computed.routed, dispatched, attended.routing)
 
-    def merge(
-        self, attended: Attended, computed: Computed, combined: Tensor | None
-    ) -> Float[Tensor, "batch seq hidden"]:
-        x = attended.residual
-        for part in (combined, computed.shared):
-            if part is not None:
-                x = x + part.view_as(x)
-        return x
+    def merge(self, attended: Attended, computed: Computed, combined: Tensor | None) -> Stream:
+        x, parts = attended.residual, (combined, computed.shared)
+        return x, *(part.view_as(x) for part in parts if part is not None)
 
-    def forward(
-        self, x: Float[Tensor, "batch seq hidden"], context: Context
-    ) -> tuple[Float[Tensor, "batch seq hidden"], Routing | None]:
+    def forward(self, stream: Stream, context: Context) -> tuple[Stream, Routing | None]:
         if self.recompute == "block" and torch.is_grad_enabled():
-            return rerun(self._stages, x, context)
-        return self._stages(x, context)
+            # Of the terms of the sum nothing is kept.
+            return rerun(lambda x, context: self._stages((x,), context), add_up(*stream), context)
+        return self._stages(stream, context)
 
     def infer(
         self,
@@ -113,20 +114,19 @@ class Block(nn.Module):
         attended = self.self_attn.infer(normed, step)
         x, normed = self.post_attention_layernorm.after_add(x, attended)
         if isinstance(self.mlp, MLP):
-            return next_norm.after_add(x, self.mlp(normed))
+            x, normed = next_norm.after_add(x, self.mlp(normed))
+            return x, normed
         choice = self.mlp.gate.sort(normed)
         routed, shared = self.mlp.infer(normed, choice)
         return merge_norm(x, routed, choice.places, shared, next_norm.weight, next_norm.eps)
 
-    def _attention(
-        self, x: Float[Tensor, "batch seq hidden"], context: Context
-    ) -> Float[Tensor, "batch seq hidden"]:
-        return self.self_attn(self.input_layernorm(x), context)
+    def _attention(self, stream: Stream, context: Context) -> tuple[Tensor, Tensor]:
+        """The stream added up, and what attention makes of it."""
+        x, normed = self.input_layernorm.after_add(*stream)
+        return x, self.self_attn(normed, context)
 
-    def _stages(
-        self, x: Float[Tensor, "batch seq hidden"], context: Context
-    ) -> tuple[Float[Tensor, "batch seq hidden"], Routing | None]:
-        attended = self.attend(x, context)
+    def _stages(self, stream: Stream, context: Context) -> tuple[Stream, Routing | None]:
+        attended = self.attend(stream, context)
         dispatched = self.dispatch(attended)
         computed = self.experts(attended, dispatched)
         combined = self.combine(attended, dispatched, computed)

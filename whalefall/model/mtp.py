@@ -47,8 +47,9 @@ class MTPModule(Block):
     ) -> tuple[Float[Tensor, "batch seq hidden"], Routing | None]:
         """The representation of this depth, normed for the head, and its routing."""
         x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(previous)], -1))
-        x, routing = self(x, context)
-        return self.shared_head.norm(x), routing
+        stream, routing = self((x,), context)
+        _, normed = self.shared_head.norm.after_add(*stream)
+        return normed, routing
 
     def guess(
         self,

@@ -19,7 +19,10 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def after_add(
-        self, residual: Float[Tensor, "*batch dim"], delta: Float[Tensor, "*batch dim"]
-    ) -> tuple[Float[Tensor, "*batch dim"], Float[Tensor, "*batch dim"]]:
-        """residual + delta, and its norm."""
-        return add_rms_norm(residual, delta, self.weight, self.eps)
+        self,
+        residual: Float[Tensor, "*batch dim"],
+        *deltas: Float[Tensor, "*batch dim"],
+        uses: int = 1,
+    ) -> tuple[Float[Tensor, "*batch dim"], ...]:
+        """residual + deltas, and its norm, once for each of its ``uses`` (``add_rms_norm``)."""
+        return add_rms_norm(residual, deltas, self.weight, self.eps, uses)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from whalefall.config.model import ModelConfig
 from whalefall.errors import UserError
 from whalefall.model.attention import Context, expansion_is_cheaper
-from whalefall.model.block import Block
+from whalefall.model.block import Block, Stream
 from whalefall.model.cache import CachedStep, LatentCache, Rows
 from whalefall.model.dispatch import Dispatcher, LocalDispatcher
 from whalefall.model.feed_forward import Experts
@@ -174,12 +174,13 @@ class Transformer(nn.Module):
         seq = tokens.shape[1] - lookahead
         embedded = self.model.embed_tokens(tokens)
         context = self._context(seq, tokens.device, documents)
-        x, routings = embedded[:, :seq], []
+        stream: Stream = (embedded[:, :seq],)
+        mtp, routings = [], []
         for block in self.blocks:
-            x, routing = block(x, context)
+            stream, routing = block(stream, context)
             routings.append(routing)
-        main = previous = self.model.norm(x)
-        mtp = []
+        _, main = self.model.norm.after_add(*stream)
+        previous = main
         for depth, module in enumerate(self.mtp_modules if with_mtp else [], start=1):
             length = max(0, min(seq, tokens.shape[1] - depth))
             if length < seq:
