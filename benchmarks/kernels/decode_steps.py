@@ -16,7 +16,7 @@ from whalefall.ops.gate import gate
 from whalefall.ops.linear_fp32 import linear_fp32
 from whalefall.ops.merge_norm import merge_norm
 from whalefall.ops.mla_latents import mla_latents
-from whalefall.ops.permute import sort_by_expert, unpermute
+from whalefall.ops.permute import gather_sum, sort_by_expert
 from whalefall.ops.rms_norm import rms_norm
 from whalefall.ops.rope import inverse_frequencies, rotate, rotations
 from whalefall.ops.route import route
@@ -106,7 +106,7 @@ def _gate(tokens: int) -> Row:
 
     def peer() -> tuple[Tensor, ...]:
         experts, weights, _, loads = route(linear_fp32(x, weight), bias, top_k=TOP_K, **CHOICE)
-        places, weights = sort_by_expert(experts, EXPERTS), weights.flatten()
+        (places, _), weights = sort_by_expert(experts, EXPERTS), weights.flatten()
         weights = torch.empty_like(weights).scatter_(0, places.flatten(), weights)
         return places, weights, loads.cumsum(0, dtype=torch.int32)
 
@@ -126,7 +126,7 @@ def _merge(tokens: int) -> Row:
     (weight,) = _ones(HIDDEN)
 
     def peer() -> Tensor:
-        return rms_norm(residual + unpermute(routed, places) + shared, weight, 1e-6)
+        return rms_norm(residual + gather_sum(routed, places) + shared, weight, 1e-6)
 
     return Row(
         f"merge_norm, {tokens}",

@@ -63,13 +63,13 @@ def ours(
 
 
 def peer(x: Tensor, choices: Tensor, gate_up: Tensor, down: Tensor) -> Callable[[], Tensor]:
-    places = sort_by_expert(choices, len(gate_up))
+    table = sort_by_expert(choices, len(gate_up))
     sizes = choices.flatten().bincount(minlength=len(gate_up))
     ends = sizes.cumsum(0, dtype=torch.int32)
     shares = torch.rand(choices.numel(), device="cuda")
 
     def run() -> Tensor:
-        joint = F.grouped_mm(permute(x, places), gate_up.mT, offs=ends)
+        joint = F.grouped_mm(permute(x, *table), gate_up.mT, offs=ends)
         return F.grouped_mm(swiglu(joint, shares), down.mT, offs=ends)
 
     return run

@@ -20,25 +20,24 @@ def rows() -> Iterator[Row]:
     yield Row(
         "permute: sort by expert",
         lambda: sort_by_expert(experts, EXPERTS),
-        bytes=2 * PAIRS * 8,
+        bytes=PAIRS * (2 * 8 + 4),
         peer=lambda: experts.flatten().argsort(stable=True),
         peer_name="torch.argsort",
     )
-    places = sort_by_expert(experts, EXPERTS)
-    order = places.flatten().argsort()
+    places, row_tokens = sort_by_expert(experts, EXPERTS)
     x = torch.randn(TOKENS, HIDDEN, dtype=torch.bfloat16, **like)
     moved = (TOKENS + PAIRS) * HIDDEN * 2 + PAIRS * 8
     yield Row(
         "permute: to the experts",
-        lambda: permute(x, places),
+        lambda: permute(x, places, row_tokens),
         bytes=moved,
-        peer=lambda: x.index_select(0, order // TOP_K),
+        peer=lambda: x.index_select(0, row_tokens),
         peer_name="index_select",
     )
-    sorted_rows = permute(x, places)
+    sorted_rows = permute(x, places, row_tokens)
     yield Row(
         "permute: back, summed",
-        lambda: unpermute(sorted_rows, places),
+        lambda: unpermute(sorted_rows, places, row_tokens),
         bytes=moved,
         peer=lambda: F.embedding_bag(places, sorted_rows, mode="sum"),
         peer_name="embedding_bag",

@@ -38,6 +38,12 @@ def rows() -> Iterator[Row]:
         peer=lambda: (_eager_tiles(tokens), _eager_tiles(tokens.T.contiguous())),
         peer_name="torch",
     )
+    narrow = torch.randn(16384, 512, device="cuda", dtype=torch.bfloat16)
+    yield Row(
+        "quantize_both 16384 x 512",
+        lambda: quantize_both(narrow),
+        bytes=_bytes(narrow, forms=2),
+    )
     pairs = torch.randn(98304, 2048, device="cuda", dtype=torch.bfloat16)
     cuts = torch.randperm(len(pairs), device="cuda")[:63].sort().values
     ends = torch.cat([cuts, cuts.new_tensor([len(pairs)])]).to(torch.int32)
@@ -45,6 +51,14 @@ def rows() -> Iterator[Row]:
         "quantize_both 98304 x 2048, 64 groups",
         lambda: quantize_both(pairs, ends),
         bytes=_bytes(pairs, forms=2),
+    )
+    sources = _sources(ends)
+    yield Row(
+        "quantize_both 98304 of 16384 x 2048, 64 groups",
+        lambda: quantize_both(tokens, ends, sources=sources),
+        bytes=2 * tokens.numel() + _bytes(pairs, forms=2) - 2 * pairs.numel(),
+        peer=lambda: quantize_both(tokens[sources], ends),
+        peer_name="copied first",
     )
     experts = torch.randn(64, 2816, 2048, device="cuda", dtype=torch.bfloat16)
     yield Row(
@@ -63,6 +77,13 @@ def _bytes(x: Tensor, forms: int) -> float:
     """BF16 in, FP8 out, and a scale for 128 values (of blocks: next to nothing)."""
     scales = 4 / 128 if x.dim() == 2 else 4 / 128**2
     return x.numel() * (2 + forms * (1 + scales))
+
+
+def _sources(ends: Tensor) -> Tensor:
+    """Six times each token, those of a group in their order."""
+    sources = torch.randperm(6 * 16384, device="cuda") % 16384
+    groups = torch.bucketize(torch.arange(len(sources), device="cuda"), ends, right=True)
+    return (groups * 16384 + sources).sort().values.remainder(16384).to(torch.int32)
 
 
 def _eager_tiles(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from whalefall.model.block import Block
 from whalefall.model.dispatch import Dispatched, Dispatcher, LocalDispatcher
 from whalefall.model.feed_forward import MoE
 from whalefall.model.router import Routing
+from whalefall.ops.rms_norm import add_up
 from whalefall.ops.rope import inverse_frequencies, rotations
 
 BATCH, SEQ = 2, 5
@@ -41,6 +42,12 @@ def context(config: ModelConfig) -> Context:
     return Context(rotations(torch.arange(SEQ).unsqueeze(0), frequencies))
 
 
+def through(block: Block, x: Tensor, around: Context) -> tuple[Tensor, Routing | None]:
+    """The block's output added up, and its routing."""
+    stream, routing = block((x,), around)
+    return add_up(*stream), routing
+
+
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     gated = gate @ x
     return down @ (gated * torch.sigmoid(gated) * (up @ x))
@@ -50,7 +57,7 @@ def test_a_dense_block_by_hand(tiny_config: ModelConfig) -> None:
     """x + attention(norm(x)), then x + SwiGLU(norm(x))."""
     block = make_block(tiny_config, 0, LocalDispatcher())
     x, around = random_input(tiny_config, 0), context(tiny_config)
-    out, routing = block(x, around)
+    out, routing = through(block, x, around)
     assert routing is None
     residual = x + block.self_attn(block.input_layernorm(x), around)
     mlp = block.mlp
@@ -68,7 +75,7 @@ def test_an_expert_block_by_hand(tiny_config: ModelConfig, shared: int) -> None:
     config = tiny_config.model_copy(update={"n_shared_experts": shared})
     block = make_block(config, 1, LocalDispatcher())
     x, around, width = random_input(config, 0), context(config), config.moe_intermediate_size
-    out, routing = block(x, around)
+    out, routing = through(block, x, around)
     residual = x + block.self_attn(block.input_layernorm(x), around)
     experts = block.mlp.experts
     for token in range(BATCH * SEQ):
@@ -90,38 +97,40 @@ def test_the_five_stages_are_the_forward(tiny_config: ModelConfig) -> None:
     for layer in (0, 1):
         block = make_block(tiny_config, layer, LocalDispatcher())
         x, around = random_input(tiny_config, 0), context(tiny_config)
-        attended = block.attend(x, around)
+        attended = block.attend((x,), around)
         dispatched = block.dispatch(attended)
         computed = block.experts(attended, dispatched)
         combined = block.combine(attended, dispatched, computed)
-        assert torch.equal(block.merge(attended, computed, combined), block(x, around)[0])
+        stream = block.merge(attended, computed, combined)
+        assert torch.equal(add_up(*stream), through(block, x, around)[0])
 
 
 def interleaved(
     blocks: list[Block], a: Tensor, b: Tensor, around: Context
 ) -> tuple[Tensor, Tensor]:
     """Two micro-batches, each one's dispatch and combine beside the other's arithmetic."""
+    stream_a, stream_b = (a,), (b,)
     for block in blocks:
-        attended_a = block.attend(a, around)
+        attended_a = block.attend(stream_a, around)
         dispatched_a = block.dispatch(attended_a)
-        attended_b = block.attend(b, around)
+        attended_b = block.attend(stream_b, around)
         computed_a = block.experts(attended_a, dispatched_a)
         dispatched_b = block.dispatch(attended_b)
         combined_a = block.combine(attended_a, dispatched_a, computed_a)
         computed_b = block.experts(attended_b, dispatched_b)
-        a = block.merge(attended_a, computed_a, combined_a)
+        stream_a = block.merge(attended_a, computed_a, combined_a)
         combined_b = block.combine(attended_b, dispatched_b, computed_b)
-        b = block.merge(attended_b, computed_b, combined_b)
-    return a, b
+        stream_b = block.merge(attended_b, computed_b, combined_b)
+    return add_up(*stream_a), add_up(*stream_b)
 
 
 def one_after_the_other(
     blocks: list[Block], a: Tensor, b: Tensor, around: Context
 ) -> tuple[Tensor, Tensor]:
     for block in blocks:
-        a = block(a, around)[0]
+        a = through(block, a, around)[0]
     for block in blocks:
-        b = block(b, around)[0]
+        b = through(block, b, around)[0]
     return a, b
 
 
@@ -146,19 +155,16 @@ def test_interleaved_micro_batches_are_two_plain_forwards(tiny_config: ModelConf
         torch.testing.assert_close(own, right, rtol=1e-5, atol=1e-6)
 
 
-class BackwardsDispatcher:
-    """Within each expert, tokens arrive last first."""
+class BackwardsDispatcher(LocalDispatcher):
+    """Within each expert, tokens come last first."""
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
-        pairs = routing.experts.numel()
+        pairs, top_k = routing.experts.numel(), routing.experts.shape[1]
         key = routing.experts.flatten() * pairs + torch.arange(pairs).flip(0)
         order = key.argsort()
-        rows, weights = x[order // routing.experts.shape[1]], routing.weights.flatten()[order]
-        return Dispatched(rows, weights, routing.loads.cumsum(0).to(torch.int32), order)
-
-    def combine(self, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
-        out = rows.new_zeros(len(routing.weights), rows.shape[1])
-        return out.index_add(0, dispatched.order // routing.weights.shape[1], rows)
+        places, weights = order.argsort().view(-1, top_k), routing.weights.flatten()[order]
+        ends = routing.loads.cumsum(0).to(torch.int32)
+        return Dispatched(x, places, order // top_k, weights, ends)
 
 
 def test_the_order_of_an_experts_tokens_does_not_matter(tiny_config: ModelConfig) -> None:
@@ -166,7 +172,7 @@ def test_the_order_of_an_experts_tokens_does_not_matter(tiny_config: ModelConfig
     results = []
     for dispatcher in (LocalDispatcher(), BackwardsDispatcher()):
         block = make_block(tiny_config, 1, dispatcher)
-        out = block(x, around)[0]
+        out = through(block, x, around)[0]
         results.append((out, *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])))
     for own, right in zip(*results, strict=True):
         torch.testing.assert_close(own, right, rtol=1e-4, atol=1e-5)
@@ -190,36 +196,47 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Sent(Dispatched):
-    pairs: list[Tensor]
-    """The own pairs that went to each rank."""
+    tokens: list[Tensor]
+    """The own tokens that went to each rank."""
     counts: list[int]
-    """Rows that came from each rank."""
+    """Tokens that came from each rank."""
 
 
 class TwoRankDispatcher:
-    """Rank r holds half r of the experts; rows travel there with their weights, and back."""
+    """Rank r holds half r of the experts; a token travels once to each rank that has any of its
+    choices, with all of them and their weights, and the sum of those that are there travels back.
+    """
 
     def __init__(self, exchange: Exchange, rank: int, experts: int):
         self.exchange, self.rank, self.local = exchange, rank, experts // 2
 
     def dispatch(self, x: Tensor, routing: Routing) -> Sent:
-        flat, top_k = routing.experts.flatten(), routing.experts.shape[1]
-        pairs = [(flat // self.local == rank).nonzero().flatten() for rank in range(2)]
-        weights = routing.weights.flatten()
-        parcels = [(x[mine // top_k], weights[mine], flat[mine] % self.local) for mine in pairs]
+        owners, top_k = routing.experts // self.local, routing.experts.shape[1]
+        tokens = [(owners == rank).any(1).nonzero().flatten() for rank in range(2)]
+        parcels = [(x[mine], routing.experts[mine], routing.weights[mine]) for mine in tokens]
         received = self.exchange.all_to_all(self.rank, parcels)
-        rows, weights, experts = (torch.cat(parts) for parts in zip(*received, strict=True))
-        order = experts.argsort(stable=True)
-        ends = torch.bincount(experts, minlength=self.local).cumsum(0).to(torch.int32)
-        counts = [len(rows) for rows, _, _ in received]
-        return Sent(rows[order], weights[order], ends, order, pairs, counts)
+        x, experts, weights = (torch.cat(parts) for parts in zip(*received, strict=True))
+        experts = experts.flatten()
+        here = (experts // self.local == self.rank).nonzero().flatten()
+        order = here[experts[here].argsort(stable=True)]
+        places = torch.full_like(experts, -1).index_put((order,), torch.arange(len(order)))
+        loads = torch.bincount(experts[here] % self.local, minlength=self.local)
+        return Sent(
+            x,
+            places.view(-1, top_k),
+            order // top_k,
+            weights.flatten()[order],
+            loads.cumsum(0).to(torch.int32),
+            tokens,
+            [len(tokens) for tokens, _, _ in received],
+        )
 
-    def combine(self, rows: Tensor, dispatched: Sent, routing: Routing) -> Tensor:
-        parcels = rows[dispatched.order.argsort()].split(dispatched.counts)
-        received = self.exchange.all_to_all(self.rank, [(parcel,) for parcel in parcels])
-        tokens = torch.cat(dispatched.pairs) // routing.weights.shape[1]
-        out = rows.new_zeros(len(routing.weights), rows.shape[1])
-        return out.index_add(0, tokens, torch.cat([rows for (rows,) in received]))
+    def combine(self, summed: Tensor, dispatched: Sent, routing: Routing) -> Tensor:
+        parcels = [(parcel,) for parcel in summed.split(dispatched.counts)]
+        received = self.exchange.all_to_all(self.rank, parcels)
+        out = summed.new_zeros(len(routing.weights), summed.shape[1])
+        parts = torch.cat([part for (part,) in received])
+        return out.index_add(0, torch.cat(dispatched.tokens), parts)
 
 
 def test_experts_split_over_two_ranks(tiny_config: ModelConfig) -> None:
@@ -229,7 +246,7 @@ def test_experts_split_over_two_ranks(tiny_config: ModelConfig) -> None:
     whole.mlp.gate.e_score_correction_bias[: experts // 2] += 0.3  # more for rank 0 than for 1
     inputs = [random_input(tiny_config, seed) for seed in range(2)]
     outer = [random_input(tiny_config, seed).detach() for seed in (2, 3)]
-    expected = [whole(x, around)[0] for x in inputs]
+    expected = [through(whole, x, around)[0] for x in inputs]
     torch.autograd.backward(expected, outer)
     expected_inputs = [x.grad for x in inputs]
 
@@ -244,7 +261,7 @@ def test_experts_split_over_two_ranks(tiny_config: ModelConfig) -> None:
         ranks.append(block)
     copies = [x.detach().clone().requires_grad_() for x in inputs]
     with ThreadPoolExecutor(2) as pool:
-        outputs = list(pool.map(lambda block, x: block(x, around)[0], ranks, copies))
+        outputs = list(pool.map(lambda block, x: through(block, x, around)[0], ranks, copies))
     torch.autograd.backward(outputs, outer)
 
     for own, right in zip(outputs, expected, strict=True):

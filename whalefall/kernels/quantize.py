@@ -1,13 +1,12 @@
-"""FP8 tiles and blocks: one program reads a square of 128 x 128 and writes every form of it.
-
-128 is the length of a tile, the side of a block, and one cache line of FP8. The square stays in
-registers in two layouts: along rows as it was read, and down columns for the transpose, so that
-threads hold most of a tile themselves and store 16 bytes either way. It is turned while it is
-BF16: shared memory can transpose pairs of bytes on the way out (``ldmatrix``), single bytes not.
+"""FP8 tiles and blocks: one program reads squares of 128 x 128 and writes every form of them.
 
 Device memory moves 2 bytes an element in (BF16) and 1 out for each form, and nothing else should
-limit: some ten instructions an element and form, division included. Programs that run together
-take squares side by side, so whole rows are read.
+limit: BF16 is handled in pairs, some six instructions an element and form, division included.
+
+Rows that come through a table are read as often as it names them, and from the second time on from
+the L2 cache, if they are still there: programs take columns in strips so narrow that a strip of all
+tokens stays. Without a table programs that run together take strips side by side, so whole rows are
+read.
 """
 
 import torch
@@ -16,33 +15,56 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-_WARPS = 8
-_SIDE = gl.constexpr(128)
+from whalefall.kernels.tiles import (
+    SHARED,
+    SIDE,
+    SQUARE,
+    WARPS,
+    divide,
+    empty_tiles,
+    group_slots,
+    largest,
+    padded_rows,
+    rows_of_tile,
+    scale_of,
+    store,
+    store_turned,
+    store_zeros,
+)
 
-# A thread holds 16 columns of a row, or 16 rows of a column: 16 bytes of FP8 either way.
-_ALONG = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [_WARPS, 1], [1, 0]))
-_DOWN = gl.constexpr(gl.BlockedLayout([16, 1], [8, 4], [1, _WARPS], [0, 1]))
+# Squares of a program: with a table or groups, several share what it takes to find their rows. Of
+# the tokens that a table names, a strip of 256 columns is read again and again: 8.4 MB of 16,384
+# tokens in BF16, of an L2 cache of 50 MB that also takes what is written.
+_STRIP = 2
 
 
-def tiles(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """x [rows, cols] in 1 x 128 tiles: values [rows, cols], scales [ceil(cols / 128), rows]."""
-    values, scales = empty_tiles(x, *x.shape)
-    _quantize_tiles(x, None, power_of_two, values, scales, None, None)
+def tiles(x: Tensor, sources: Tensor | None, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """x [tokens, cols] in 1 x 128 tiles: values [rows, cols], scales [ceil(cols / 128), rows].
+
+    Row i is that of token ``sources[i]``; without ``sources`` [rows] rows are tokens.
+    """
+    values, scales = empty_tiles(x, _rows(x, sources), x.shape[1])
+    _quantize_tiles(x, None, sources, power_of_two, values, scales, None, None)
     return values, scales
 
 
-def transposed(x: Tensor, ends: Tensor | None, power_of_two: bool) -> tuple[Tensor, Tensor]:
+def transposed(
+    x: Tensor, ends: Tensor | None, sources: Tensor | None, power_of_two: bool
+) -> tuple[Tensor, Tensor]:
     """x^T in 1 x 128 tiles: values [cols, padded], scales [padded / 128, cols]."""
-    values, scales = empty_tiles(x, x.shape[1], padded_rows(x, ends))
-    _quantize_tiles(x, ends, power_of_two, None, None, values, scales)
+    values, scales = empty_tiles(x, x.shape[1], padded_rows(_rows(x, sources), ends))
+    _quantize_tiles(x, ends, sources, power_of_two, None, None, values, scales)
     return values, scales
 
 
-def both(x: Tensor, ends: Tensor | None, power_of_two: bool) -> tuple[Tensor, ...]:
+def both(
+    x: Tensor, ends: Tensor | None, sources: Tensor | None, power_of_two: bool
+) -> tuple[Tensor, ...]:
     """Values and scales of ``tiles``, then those of ``transposed``."""
-    straight = empty_tiles(x, *x.shape)
-    turned = empty_tiles(x, x.shape[1], padded_rows(x, ends))
-    _quantize_tiles(x, ends, power_of_two, *straight, *turned)
+    rows = _rows(x, sources)
+    straight = empty_tiles(x, rows, x.shape[1])
+    turned = empty_tiles(x, x.shape[1], padded_rows(rows, ends))
+    _quantize_tiles(x, ends, sources, power_of_two, *straight, *turned)
     return *straight, *turned
 
 
@@ -64,27 +86,38 @@ def blocks_both(weight: Tensor, power_of_two: bool) -> tuple[Tensor, ...]:
 
 
 def _quantize_tiles(
-    x: Tensor, ends: Tensor | None, power_of_two: bool, *outputs: Tensor | None
+    x: Tensor,
+    ends: Tensor | None,
+    sources: Tensor | None,
+    power_of_two: bool,
+    *outputs: Tensor | None,
 ) -> None:
-    rows, cols = x.shape
+    rows, cols = _rows(x, sources), x.shape[1]
     if x.stride(1) != 1:
         x = x.contiguous()
     groups = 0 if ends is None else len(ends)
     # A tile more than there is room for in the transpose: rows that belong to nobody may need it.
     row_tiles = triton.cdiv(rows, 128) if ends is None else rows // 128 + groups + 1
+    strip = 1 if ends is None and sources is None else _STRIP
     if row_tiles and cols:
-        _quantize_tiles_kernel[(row_tiles * triton.cdiv(cols, 128),)](
+        _quantize_tiles_kernel[(row_tiles * triton.cdiv(cols, 128 * strip),)](
             x,
             ends,
+            None if sources is None else sources.contiguous(),
             *outputs,
             rows,
             cols,
             x.stride(0),
-            padded_rows(x, ends),
+            padded_rows(rows, ends),
             groups,
+            row_tiles,
             POWER_OF_TWO=power_of_two,
-            GROUPS=triton.next_power_of_2(groups + 1),
-            num_warps=_WARPS,
+            GROUPS=group_slots(groups),
+            STRIP=strip,
+            num_warps=WARPS,
+            # Four programs a multiprocessor read, compute and write at different times, which keeps
+            # memory busy; a single square of BF16 takes no more than that by itself.
+            maxnreg=64 if strip > 1 and x.dtype == torch.bfloat16 else None,
         )
 
 
@@ -100,21 +133,8 @@ def _quantize_blocks(weight: Tensor, power_of_two: bool, *outputs: Tensor | None
             rows,
             cols,
             POWER_OF_TWO=power_of_two,
-            num_warps=_WARPS,
-            maxnreg=128,  # two programs a multiprocessor: one reads while the other computes
+            num_warps=WARPS,
         )
-
-
-def padded_rows(x: Tensor, ends: Tensor | None) -> int:
-    tiles = triton.cdiv(len(x), 128) if ends is None else len(x) // 128 + len(ends)
-    return tiles * 128
-
-
-def empty_tiles(like: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    return (
-        like.new_empty(rows, cols, dtype=torch.float8_e4m3fn),
-        like.new_empty(triton.cdiv(cols, 128), rows, dtype=torch.float32),
-    )
 
 
 def _empty_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,10 +147,15 @@ def _empty_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def _rows(x: Tensor, sources: Tensor | None) -> int:
+    return len(x if sources is None else sources)
+
+
 @gluon.jit
 def _quantize_tiles_kernel(
     x_ptr,
     ends_ptr,
+    sources_ptr,
     values_ptr,
     scales_ptr,
     turned_values_ptr,
@@ -140,65 +165,51 @@ def _quantize_tiles_kernel(
     stride,
     padded,
     groups,
+    row_tiles,
     POWER_OF_TWO: gl.constexpr,
     GROUPS: gl.constexpr,
+    STRIP: gl.constexpr,
 ):
-    """A form whose pointers are None is not wanted; without ``ends_ptr`` rows are one group."""
-    tiles_across = gl.cdiv(cols, _SIDE)
-    tile = gl.program_id(0) // tiles_across
-    across = gl.program_id(0) % tiles_across
+    """One program: STRIP squares side by side, of 128 rows of a group.
+
+    A form whose pointers are None is not wanted; without ``ends_ptr`` rows are one group.
+    """
+    if sources_ptr is None:
+        strips = gl.cdiv(cols, STRIP * SIDE)
+        tile, strip = gl.program_id(0) // strips, gl.program_id(0) % strips
+    else:
+        tile, strip = gl.program_id(0) % row_tiles, gl.program_id(0) // row_tiles
     if ends_ptr is None:
-        first, end, owned = tile * _SIDE, rows, tile * _SIDE < rows
+        first, end, owned = tile * SIDE, rows, tile * SIDE < rows
     else:
         first, end, owned = rows_of_tile(ends_ptr, tile, rows, groups, GROUPS)
-    row, col = _indices(first, across * _SIDE, _ALONG)
-    real = (row < end)[:, None] & (col < cols)[None, :]
-    row_wide = row.to(gl.int64)[:, None]
-    x = gl.load(x_ptr + row_wide * stride + col[None, :], mask=real, other=0.0)
-    if values_ptr is not None:
-        values, scales = _quantize(x, 1, POWER_OF_TWO)
-        gl.store(values_ptr + row_wide * cols + col[None, :], values, mask=real)
-        gl.store(scales_ptr + across * rows + row, scales, mask=row < end)
-    if turned_values_ptr is not None:
-        row, col = _indices(tile * _SIDE, across * _SIDE, _DOWN)
-        values_at = turned_values_ptr + col.to(gl.int64)[None, :] * padded + row[:, None]
-        scales_at = turned_scales_ptr + tile * cols + col
-        room = (tile * _SIDE < padded) & (col < cols)
-        if owned:
-            turned, turned_scales = _quantize(gl.convert_layout(x, _DOWN), 0, POWER_OF_TWO)
-            gl.store(values_at, turned, mask=room[None, :])
-            gl.store(scales_at, turned_scales, mask=room)
-        else:
-            zeros = gl.zeros([_SIDE, _SIDE], gl.float8e4nv, _DOWN)
-            gl.store(values_at, zeros, mask=room[None, :])
-            gl.store(scales_at, 1.0, mask=room)
-
-
-@gluon.jit
-def rows_of_tile(ends_ptr, tile, rows, groups, GROUPS: gl.constexpr):
-    """First row of a tile of the padded rows, the end of its group, whether it is a real group.
-
-    Rows after the last group count as one group more. Every warp looks on its own, which needs no
-    barrier.
-    """
-    each: gl.constexpr = max(GROUPS // 32, 1)
-    group = gl.arange(0, GROUPS, gl.BlockedLayout([each], [32], [gl.num_warps()], [0]))
-    begin = gl.load(ends_ptr + group - 1, mask=(group > 0) & (group <= groups), other=0)
-    end = gl.load(ends_ptr + group, mask=group < groups, other=rows)
-    tiles = gl.where(group <= groups, gl.cdiv(end - begin, _SIDE), 0)
-    after = gl.associative_scan(tiles, 0, _plus)
-    found = (after - tiles <= tile) & (tile < after)
-    first = begin + (tile - after + tiles) * _SIDE
-    return (
-        gl.sum(gl.where(found, first, 0), 0),
-        gl.sum(gl.where(found, end, 0), 0),
-        gl.sum(gl.where(found & (group < groups), 1, 0), 0) > 0,
-    )
-
-
-@gluon.jit
-def _plus(a, b):
-    return a + b
+    # From here on everything is relative to the program's first row, in 32 bits.
+    count, first = end - first, first.to(gl.int64)
+    row = gl.arange(0, SIDE, gl.SliceLayout(1, SQUARE))
+    if sources_ptr is None:
+        x_ptr += first * stride
+        source = row
+    else:
+        source = gl.load(sources_ptr + first + row, mask=row < count, other=0).to(gl.int64)
+    for square in range(STRIP):
+        start = (strip * STRIP + square) * SIDE
+        if start < cols:
+            col = start + gl.arange(0, SIDE, gl.SliceLayout(0, SQUARE))
+            real = (row < count)[:, None] & (col < cols)[None, :]
+            x = gl.load(x_ptr + (source * stride)[:, None] + col[None, :], mask=real, other=0.0)
+            if turned_values_ptr is not None:
+                shared = gl.allocate_shared_memory(x.dtype, [SIDE, SIDE], SHARED)
+                shared.store(x)
+            if values_ptr is not None:
+                straight = (values_ptr + first * cols, scales_ptr + first)
+                store(x, straight, row, start, count, rows, cols, POWER_OF_TWO)
+            if turned_values_ptr is not None and tile * SIDE < padded:
+                turned = (turned_values_ptr + tile * SIDE, turned_scales_ptr + tile * cols)
+                if owned:
+                    x = shared.permute([1, 0]).load(SQUARE)
+                    store_turned(x, turned, start, cols, padded, POWER_OF_TWO)
+                else:
+                    store_zeros(turned, start, cols, padded)
 
 
 @gluon.jit
@@ -214,60 +225,27 @@ def _quantize_blocks_kernel(
 ):
     across, down, expert = gl.program_id(0), gl.program_id(1), gl.program_id(2).to(gl.int64)
     matrix = expert * rows * cols
-    row, col = _indices(down * _SIDE, across * _SIDE, _ALONG)
+    row = down * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, SQUARE))
+    col = across * SIDE + gl.arange(0, SIDE, gl.SliceLayout(0, SQUARE))
     real = (row < rows)[:, None] & (col < cols)[None, :]
     at = matrix + row.to(gl.int64)[:, None] * cols + col[None, :]
     x = gl.load(weight_ptr + at, mask=real, other=0.0)
-    wide = x.to(gl.float32)
-    scale = scale_of(gl.max(gl.max(gl.abs(wide), 1), 0), POWER_OF_TWO)
-    gl.store(values_ptr + at, _divide(wide, scale).to(gl.float8e4nv), mask=real)
-    blocks_down, padded_across = gl.cdiv(rows, _SIDE), gl.num_programs(0)
+    if turned_values_ptr is not None:
+        square = gl.allocate_shared_memory(x.dtype, [SIDE, SIDE], SHARED)
+        square.store(x)
+    scale = scale_of(gl.max(largest(x), 0), POWER_OF_TWO)
+    scales = gl.full([SIDE], scale, gl.float32, gl.SliceLayout(1, SQUARE))
+    gl.store(values_ptr + at, divide(x, scales, POWER_OF_TWO, True), mask=real)
+    blocks_down, padded_across = gl.cdiv(rows, SIDE), gl.num_programs(0)
     at = (expert * blocks_down + down) * padded_across + across
     gl.store(scales_ptr + at, scale, mask=down < blocks_down)
     if turned_values_ptr is not None:
-        row, col = _indices(down * _SIDE, across * _SIDE, _DOWN)
-        real = (row < rows)[:, None] & (col < cols)[None, :]
-        at = matrix + col.to(gl.int64)[None, :] * rows + row[:, None]
-        turned = _divide(gl.convert_layout(x, _DOWN).to(gl.float32), scale)
-        gl.store(turned_values_ptr + at, turned.to(gl.float8e4nv), mask=real)
-        blocks_across, padded_down = gl.cdiv(cols, _SIDE), gl.num_programs(1)
+        row = across * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, SQUARE))
+        col = down * SIDE + gl.arange(0, SIDE, gl.SliceLayout(0, SQUARE))
+        real = (row < cols)[:, None] & (col < rows)[None, :]
+        at = matrix + row.to(gl.int64)[:, None] * rows + col[None, :]
+        turned = divide(square.permute([1, 0]).load(SQUARE), scales, POWER_OF_TWO, True)
+        gl.store(turned_values_ptr + at, turned, mask=real)
+        blocks_across, padded_down = gl.cdiv(cols, SIDE), gl.num_programs(1)
         at = (expert * blocks_across + across) * padded_down + down
         gl.store(turned_scales_ptr + at, scale, mask=across < blocks_across)
-
-
-@gluon.jit
-def _indices(row, col, LAYOUT: gl.constexpr):
-    rows = row + gl.arange(0, _SIDE, gl.SliceLayout(1, LAYOUT))
-    cols = col + gl.arange(0, _SIDE, gl.SliceLayout(0, LAYOUT))
-    return rows, cols
-
-
-@gluon.jit
-def _quantize(x, AXIS: gl.constexpr, POWER_OF_TWO: gl.constexpr):
-    """A square in tiles along one axis, and their scales."""
-    x = x.to(gl.float32)
-    scales = scale_of(gl.max(gl.abs(x), AXIS), POWER_OF_TWO)
-    return _divide(x, gl.expand_dims(scales, AXIS)).to(gl.float8e4nv), scales
-
-
-@gluon.jit
-def scale_of(amax, POWER_OF_TWO: gl.constexpr):
-    scale = _divide(amax, 448.0)
-    if POWER_OF_TWO:
-        # Any bit of the mantissa carries into the exponent, then the mantissa is cut off.
-        bits = scale.to(gl.int32, bitcast=True)
-        scale = ((bits + 0x7FFFFF) & -0x800000).to(gl.float32, bitcast=True)
-    return gl.where(scale > 0, gl.maximum(scale, 2.0**-126), 1.0)
-
-
-@gluon.jit
-def _divide(x, y):
-    """x / y with the FP32 bits of true division, in three instructions an element of x.
-
-    Many x share a y, so the inverse is made once. What its rounding costs the quotient is known
-    from the remainder, which a fused multiply-add gives without error unless it is below the
-    smallest FP32 number (y < 2^-90): then the last bit may differ.
-    """
-    inverse = 1.0 / y
-    quotient = x * inverse
-    return gl.fma(gl.fma(quotient, -y, x), inverse, quotient)

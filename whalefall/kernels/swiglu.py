@@ -11,6 +11,8 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from whalefall.kernels.arithmetic import inverse_of, power_of_2
+
 # 16 bytes of BF16 a thread and 256 a row, whole cache lines; 1408 is 11 x 128.
 _WARPS = 4
 _COLS = gl.constexpr(128)
@@ -142,16 +144,8 @@ def activate(gate_up_ptr, weights_ptr, row, col, rows, inner):
 @gluon.jit
 def silu(x):
     """x * sigmoid(x), and the sigmoid: one exponential and one inverse."""
-    sigmoid = inverse_of(1.0 + gl.exp2(x * -1.4426950408889634))  # log2(e)
+    sigmoid = inverse_of(1.0 + power_of_2(x * -1.4426950408889634))  # log2(e)
     return x * sigmoid, sigmoid
-
-
-@gluon.jit
-def inverse_of(x):
-    """1 / x to the last bit or the one before; 0 where that is below FP32's normal numbers."""
-    return gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1
-    )
 
 
 @gluon.jit

@@ -1,4 +1,8 @@
-"""How tokens reach their experts: the seam between the network and the machines it runs on."""
+"""How tokens reach their experts: the seam between the network and the machines it runs on.
+
+What travels are tokens: one goes once to each machine that has experts of it, becomes a row for
+each of them there, and comes back as the rows' sum.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -8,20 +12,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from whalefall.model.router import Routing
-from whalefall.ops.permute import permute, sort_by_expert, unpermute
+from whalefall.ops.permute import sort_by_expert
 
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Rows sorted by the expert that works on them."""
+    """Tokens where their experts are, and how they become rows sorted by expert."""
 
-    rows: Float[Tensor, "pairs hidden"]
-    weights: Float[Tensor, "pairs"]
+    x: Float[Tensor, "tokens hidden"]
+    places: Int[Tensor, "tokens top_k"]
+    """The row of each choice; -1 if that expert is elsewhere."""
+    row_tokens: Int[Tensor, "rows"]
+    """The token of each row."""
+    row_weights: Float[Tensor, "rows"]
     """Share of each row's output in its token's sum; the expert applies it (FP32)."""
     ends: Int[Tensor, "experts"]
     """``ends[e]`` is the row after the last one of expert e (int32, on the device)."""
-    order: Int[Tensor, "..."]
-    """How the rows were sorted, in the form that the dispatcher's own ``combine`` reads."""
 
 
 @runtime_checkable
@@ -31,21 +37,23 @@ class Dispatcher(Protocol):
     def dispatch(self, x: Float[Tensor, "tokens hidden"], routing: Routing) -> Dispatched: ...
 
     def combine(
-        self, rows: Float[Tensor, "pairs hidden"], dispatched: Dispatched, routing: Routing
-    ) -> Float[Tensor, "tokens hidden"]: ...
+        self, summed: Float[Tensor, "there hidden"], dispatched: Dispatched, routing: Routing
+    ) -> Float[Tensor, "tokens hidden"]:
+        """From what the experts made of ``dispatched`` to the tokens that were sent."""
+        ...
 
 
 class LocalDispatcher:
-    """All experts are here: dispatch sorts, combine puts back and sums."""
+    """All experts are here: dispatch sorts, and nothing travels."""
 
     def dispatch(self, x: Float[Tensor, "tokens hidden"], routing: Routing) -> Dispatched:
-        places = sort_by_expert(routing.experts, len(routing.loads))
+        places, row_tokens = sort_by_expert(routing.experts, len(routing.loads))
         weights = routing.weights.flatten()
-        weights = torch.empty_like(weights).scatter_(0, places.flatten(), weights)
+        row_weights = torch.empty_like(weights).scatter_(0, places.flatten(), weights)
         ends = routing.loads.cumsum(0, dtype=torch.int32)
-        return Dispatched(permute(x, places), weights, ends, places)
+        return Dispatched(x, places, row_tokens, row_weights, ends)
 
     def combine(
-        self, rows: Float[Tensor, "pairs hidden"], dispatched: Dispatched, routing: Routing
+        self, summed: Float[Tensor, "tokens hidden"], dispatched: Dispatched, routing: Routing
     ) -> Float[Tensor, "tokens hidden"]:
-        return unpermute(rows, dispatched.order)
+        return summed

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from whalefall.config.model import ModelConfig
@@ -14,11 +14,11 @@ from whalefall.model.linear import Linear
 from whalefall.model.router import Router
 from whalefall.ops.block_linear import block_experts
 from whalefall.ops.few_rows import Weight, are_few, few_rows
-from whalefall.ops.fp8_experts import fp8_experts
 from whalefall.ops.fp8_linear import Recipe, WeightCast, fp8_linear
+from whalefall.ops.fp8_mlp import fp8_experts, fp8_mlp, suits_fp8_mlp
 from whalefall.ops.gate import Sorted
 from whalefall.ops.grouped_linear import grouped_linear
-from whalefall.ops.permute import permute
+from whalefall.ops.permute import permute, unpermute
 from whalefall.ops.quantize import TILE, quantize_blocks
 from whalefall.ops.silu_mul import silu_mul
 from whalefall.ops.swiglu import swiglu
@@ -32,13 +32,16 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden, intermediate)
         self.up_proj = Linear(hidden, intermediate)
         self.down_proj = Linear(intermediate, hidden)
+        self._casts = (WeightCast(), WeightCast())
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
-        gate, up = self.gate_proj, self.up_proj
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if suits_fp8_mlp(gate.recipe, down.in_features):
+            return fp8_mlp(x, gate.weight, up.weight, down.weight, self._casts, gate.recipe)
         if torch.is_grad_enabled() or gate.recipe is not None or gate.joint(up) is not None:
-            return self.down_proj(swiglu(gate.beside(up, x)))
+            return down(swiglu(gate.beside(up, x)))
         # Decoding must not copy the weights to put them side by side.
-        return self.down_proj(silu_mul(gate(x), up(x)))
+        return down(silu_mul(gate(x), up(x)))
 
 
 class Experts(nn.Module):
@@ -58,21 +61,31 @@ class Experts(nn.Module):
         """The weights as they are in memory: of gate and up, and of down."""
         return Weight(self.gate_up_proj), Weight(self.down_proj)
 
-    def forward(self, dispatched: Dispatched) -> Float[Tensor, "pairs hidden"]:
+    def forward(self, dispatched: Dispatched) -> Float[Tensor, "tokens hidden"]:
+        """The weighted outputs of each token's experts, summed."""
+        x, places, row_tokens = dispatched.x, dispatched.places, dispatched.row_tokens
+        weights, ends, recipe = dispatched.row_weights, dispatched.ends, self.recipe
+        if suits_fp8_mlp(recipe, self.down_proj.shape[2]):
+            held = (self.gate_up_proj, self.down_proj, self._casts)
+            return fp8_experts(x, places, row_tokens, weights, ends, *held, recipe)
+        rows = self.on_rows(permute(x, places, row_tokens), weights, ends)
+        return unpermute(rows, places, row_tokens)
+
+    def on_rows(
+        self,
+        rows: Float[Tensor, "rows hidden"],
+        weights: Float[Tensor, "rows"],
+        ends: Int[Tensor, "experts"],
+    ) -> Float[Tensor, "rows hidden"]:
         """Each row's expert output times the row's weight.
 
         The weight goes before the last projection, which is linear: the product is narrower
         there, and the backward pass needs no copy of the output.
         """
-        rows, weights, ends = dispatched.rows, dispatched.weights, dispatched.ends
         recipe, (up_cast, down_cast) = self.recipe, self._casts
         if recipe is None:
             activated = swiglu(grouped_linear(rows, self.gate_up_proj, ends), weights)
             return grouped_linear(activated, self.down_proj, ends)
-        if recipe.is_complete and self.down_proj.shape[2] % TILE == 0:
-            return fp8_experts(
-                rows, weights, ends, self.gate_up_proj, self.down_proj, self._casts, recipe
-            )
         gate_up = fp8_linear(rows, [self.gate_up_proj], up_cast, recipe, ends)
         return fp8_linear(swiglu(gate_up, weights), [self.down_proj], down_cast, recipe, ends)
 
@@ -105,8 +118,13 @@ class BlockExperts(Experts):
             Weight(self.down_proj, self.down_proj_scale_inv),
         )
 
-    def forward(self, dispatched: Dispatched) -> Float[Tensor, "pairs hidden"]:
-        return block_experts(dispatched.rows, dispatched.weights, dispatched.ends, *self.held)
+    def on_rows(
+        self,
+        rows: Float[Tensor, "rows hidden"],
+        weights: Float[Tensor, "rows"],
+        ends: Int[Tensor, "experts"],
+    ) -> Float[Tensor, "rows hidden"]:
+        return block_experts(rows, weights, ends, *self.held)
 
 
 class MoE(nn.Module):
@@ -143,9 +161,7 @@ class MoE(nn.Module):
             if joint is not None:
                 return rows[:pairs], rows[pairs:]
         else:
-            # On CUDA a kernel reads a token once for all its rows.
-            rows = permute(x, places) if x.is_cuda else x.index_select(0, row_tokens)
-            rows = self.experts(Dispatched(rows, row_weights, ends, places))
+            rows = self.experts.on_rows(permute(x, places, row_tokens), row_weights, ends)
         return rows, None if shared is None else shared(x)
 
     def join(self) -> None:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from whalefall.ops.function import runs_cpu_kernel, runs_kernel
-from whalefall.ops.permute import unpermute
+from whalefall.ops.permute import gather_sum
 from whalefall.ops.rms_norm import reference as norm
 from whalefall.ops.rms_norm import rms_norm
 
@@ -35,7 +35,7 @@ def merge_norm(
         from whalefall.kernels.cpu import norm
 
         return norm.merge_norm(residual, rows, places, shared, weight, eps)
-    total = residual + unpermute(rows, places)
+    total = residual + gather_sum(rows, places)
     total = total if shared is None else total.add_(shared)
     return total, rms_norm(total, weight, eps)
 

@@ -1,8 +1,10 @@
-"""Move tokens to their experts and back: a copy to ``top_k`` rows, and its transpose, their sum.
+"""Move tokens to their experts and back: a copy to each choice's row, and its transpose, their sum.
 
-``places[t, k]`` is the row of token t's k-th choice among the rows sorted by expert. Each
-direction is the other's gradient and needs nothing but this table. The sums have a fixed order,
-so the result is the same from run to run, which adding with atomics is not.
+``places[t, k]`` is the row of token t's k-th choice among the rows sorted by expert; -1 if that
+expert is elsewhere. ``row_tokens`` is the inverse, the token of each row; rows that belong to
+nobody may name any token. Each direction is the other's gradient and needs nothing but these. The
+sums have a fixed order, so the result is the same from run to run, which adding with atomics is
+not.
 """
 
 from typing import Any
@@ -17,13 +19,15 @@ from whalefall.ops.function import call, runs_kernel
 
 def sort_by_expert(
     experts: Int[Tensor, "tokens top_k"], n_experts: int
-) -> Int[Tensor, "tokens top_k"]:
-    """``places`` (int64) of choices below ``n_experts``; an expert's rows are in token order."""
+) -> tuple[Int[Tensor, "tokens top_k"], Int[Tensor, "pairs"]]:
+    """``places`` (int64) and ``row_tokens`` (int32) of choices below ``n_experts``; an expert's
+    rows are in token order."""
     if experts.is_cuda:
         from whalefall.kernels import permute as kernel
 
         return kernel.sort_by_expert(experts, n_experts)
-    return order_by_expert(experts)[1]
+    order, places = order_by_expert(experts)
+    return places, order.div(experts.shape[1], rounding_mode="floor").int()
 
 
 def order_by_expert(
@@ -36,39 +40,43 @@ def order_by_expert(
 
 
 def permute(
-    x: Float[Tensor, "tokens hidden"], places: Int[Tensor, "tokens top_k"]
-) -> Float[Tensor, "pairs hidden"]:
-    """One row per (token, choice), sorted by expert."""
-    return call(_Permute, x, places)
+    x: Float[Tensor, "tokens hidden"],
+    places: Int[Tensor, "tokens top_k"],
+    row_tokens: Int[Tensor, "rows"],
+) -> Float[Tensor, "rows hidden"]:
+    """The token of each row. Rows that belong to nobody hold anything."""
+    return call(_Permute, x, places, row_tokens)
 
 
 def unpermute(
-    rows: Float[Tensor, "pairs hidden"], places: Int[Tensor, "tokens top_k"]
+    rows: Float[Tensor, "rows hidden"],
+    places: Int[Tensor, "tokens top_k"],
+    row_tokens: Int[Tensor, "rows"],
 ) -> Float[Tensor, "tokens hidden"]:
-    """Each token's ``top_k`` rows summed, in FP32 for lower precisions."""
-    return call(_Unpermute, rows, places)
+    """``gather_sum``; in its gradient, rows that belong to nobody hold anything."""
+    return call(_Unpermute, rows, places, row_tokens)
 
 
-def _spread(x: Tensor, places: Tensor) -> Tensor:
-    if runs_kernel(x):
-        from whalefall.kernels import permute as kernel
-
-        return kernel.spread(x, places)
-    top_k = places.shape[1]
-    if len(x) == 1:  # decoding: all rows are alike, whatever their order
-        return x.repeat(top_k, 1)
-    return x.index_select(0, _inverse(places.flatten()).div(top_k, rounding_mode="floor"))
-
-
-def _gather_sum(rows: Tensor, places: Tensor) -> Tensor:
+def gather_sum(
+    rows: Float[Tensor, "rows hidden"], places: Int[Tensor, "tokens top_k"]
+) -> Float[Tensor, "tokens hidden"]:
+    """Each token's rows summed, in FP32 for lower precisions. No gradient flows through."""
     if runs_kernel(rows):
         from whalefall.kernels import permute as kernel
 
         return kernel.gather_sum(rows, places)
-    if len(places) == 1:
-        return rows.sum(0, keepdim=True)
-    # A bag of rows is gathered and summed in one pass, without a copy of [pairs, hidden].
-    return F.embedding_bag(places, rows, mode="sum")
+    # A bag of rows is gathered and summed in one pass, without a copy of [rows, hidden].
+    here = places >= 0
+    bounds = F.pad(here.sum(1).cumsum(0), (1, 0))
+    return F.embedding_bag(places[here], rows, bounds, mode="sum", include_last_offset=True)
+
+
+def _spread(x: Tensor, places: Tensor, row_tokens: Tensor) -> Tensor:
+    if runs_kernel(x):
+        from whalefall.kernels import permute as kernel
+
+        return kernel.spread(x, places, len(row_tokens))
+    return x.index_select(0, row_tokens)
 
 
 def _inverse(permutation: Tensor) -> Tensor:
@@ -78,21 +86,21 @@ def _inverse(permutation: Tensor) -> Tensor:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, places: Tensor, row_tokens: Tensor) -> Tensor:
         ctx.save_for_backward(places)
-        return _spread(x, places)
+        return _spread(x, places, row_tokens)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather_sum(grad, *ctx.saved_tensors), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return gather_sum(grad, *ctx.saved_tensors), None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        return _gather_sum(rows, places)
+    def forward(ctx: Any, rows: Tensor, places: Tensor, row_tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(places, row_tokens)
+        return gather_sum(rows, places)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _spread(grad, *ctx.saved_tensors), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _spread(grad, *ctx.saved_tensors), None, None

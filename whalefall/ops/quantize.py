@@ -12,6 +12,9 @@ scaling and unscaling exact.
 
 A GEMM contracts the last dimension of both sides. Forward and input gradient contract features;
 the weight gradient contracts rows, so it needs x^T, in tiles along the rows.
+
+Rows may come through a table: with ``sources`` row i of what is quantized is ``x[sources[i]]``.
+A token that goes to several experts is read from where it is, never copied.
 """
 
 from collections.abc import Callable
@@ -52,19 +55,25 @@ class Blocks:
     cuBLAS wants."""
 
 
-def quantize_tiles(x: Float[Tensor, "rows cols"], *, power_of_two: bool = False) -> Tiles:
-    """x in tiles along its columns."""
+def quantize_tiles(
+    x: Float[Tensor, "tokens cols"],
+    *,
+    sources: Int[Tensor, "rows"] | None = None,
+    power_of_two: bool = False,
+) -> Tiles:
+    """x in tiles along its columns; of int32 ``sources``, the rows they name, in their order."""
     if runs_kernel(x):
         from whalefall.kernels import quantize as kernel
 
-        return Tiles(*kernel.tiles(x, power_of_two))
-    return Tiles(*round_tiles(x, E4M3_MAX, _to_e4m3, power_of_two=power_of_two))
+        return Tiles(*kernel.tiles(x, sources, power_of_two))
+    return Tiles(*round_tiles(_rows(x, sources), E4M3_MAX, _to_e4m3, power_of_two=power_of_two))
 
 
 def quantize_transposed(
-    x: Float[Tensor, "rows cols"],
+    x: Float[Tensor, "tokens cols"],
     ends: Int[Tensor, "groups"] | None = None,
     *,
+    sources: Int[Tensor, "rows"] | None = None,
     power_of_two: bool = False,
 ) -> Tiles:
     """x^T in tiles along the rows of x: values [cols, padded], scales [padded / 128, cols].
@@ -75,26 +84,29 @@ def quantize_transposed(
     on the device only; ``padded`` is the most it can be, (rows // 128 + groups) * 128. Zeros with
     scale 1 fill what is left, and rows from ``ends[-1]`` on, which belong to nobody, are left out.
     Without ``ends`` all rows are one group and ``padded`` is the next multiple of 128.
+    ``sources`` as in ``quantize_tiles``: the rows that ``ends`` counts are theirs.
     """
     if runs_kernel(x):
         from whalefall.kernels import quantize as kernel
 
-        return Tiles(*kernel.transposed(x, ends, power_of_two))
-    return quantize_tiles(_pad_groups(x, ends).T, power_of_two=power_of_two)
+        return Tiles(*kernel.transposed(x, ends, sources, power_of_two))
+    return quantize_tiles(_pad_groups(_rows(x, sources), ends).T, power_of_two=power_of_two)
 
 
 def quantize_both(
-    x: Float[Tensor, "rows cols"],
+    x: Float[Tensor, "tokens cols"],
     ends: Int[Tensor, "groups"] | None = None,
     *,
+    sources: Int[Tensor, "rows"] | None = None,
     power_of_two: bool = False,
 ) -> tuple[Tiles, Tiles]:
     """``quantize_tiles`` (of all rows) and ``quantize_transposed`` in one read of x."""
     if runs_kernel(x):
         from whalefall.kernels import quantize as kernel
 
-        values, scales, values_t, scales_t = kernel.both(x, ends, power_of_two)
+        values, scales, values_t, scales_t = kernel.both(x, ends, sources, power_of_two)
         return Tiles(values, scales), Tiles(values_t, scales_t)
+    x = _rows(x, sources)
     return (
         quantize_tiles(x, power_of_two=power_of_two),
         quantize_transposed(x, ends, power_of_two=power_of_two),
@@ -189,6 +201,10 @@ def _count(size: int) -> int:
 def _to_e4m3(scaled: Tensor) -> Tensor:
     # amax / 448 may have been rounded down: an ulp above 448 must not overflow.
     return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def _rows(x: Tensor, sources: Tensor | None) -> Tensor:
+    return x if sources is None else x.index_select(0, sources)
 
 
 def _pad_groups(x: Tensor, ends: Tensor | None) -> Tensor:

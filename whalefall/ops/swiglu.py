@@ -74,8 +74,9 @@ def swiglu_backward_tiles(
 
     ``kept`` is gate_up, dequantized in FP32. With g the gradient of gate_up there, rounded to the
     type of ``grad``: ``quantize_both`` of g, ``quantize_transposed`` of the output of ``swiglu``,
-    rounded likewise, and the gradient of the weights; all to the bit. ``ends`` as in these: rows
-    from ``ends[-1]`` on belong to nobody, and what they get is undefined.
+    rounded likewise, and the gradient of the weights. The one-read form has the same scales and the
+    same numbers, but for those halfway between two of FP8, which may become either. ``ends`` as in
+    these: rows from ``ends[-1]`` on belong to nobody, and what they get is undefined.
 
     Raises ValueError unless ``inner`` is a multiple of 128: a tile of gate_up or of g must not hold
     both kinds.
@@ -141,6 +142,10 @@ def _backward(
         from whalefall.kernels import swiglu as kernel
 
         return kernel.backward(grad, gate_up, weights)
+    if runs_cpu_kernel(grad, gate_up, weights):
+        from whalefall.kernels.cpu import experts as cpu_kernel
+
+        return cpu_kernel.swiglu_backward(grad, gate_up, weights)
     gate, up = gate_up.chunk(2, -1)
     grad_gate_up = torch.empty_like(gate_up)
     grad_gate, grad_up = grad_gate_up.chunk(2, -1)

@@ -2,8 +2,8 @@
 
 Read off ``model/`` and ``ops/``: every operation saves its inputs or what it documents. In FP8 a
 projection keeps its input transposed in tiles, one byte a number and a scale of four for 128
-(``ops/fp8_linear.py``); the experts keep SwiGLU's input so too, and not its output
-(``ops/fp8_experts.py``, [A] 3.3.3).
+(``ops/fp8_linear.py``); an MLP keeps SwiGLU's input in tiles too, and not its output
+(``ops/fp8_mlp.py``, [A] 3.3.3).
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ def kept_by(layer: Layer, setting: Setting) -> Kept:
     returned = width * attention.v_width + STATISTIC * attention.heads
     return Kept(
         always=tokens * (width * hidden + routing),
-        projections=tokens * _projections(attention, setting),
+        projections=tokens * _projections(attention, setting) + _side_by_side(attention, setting),
         outside=tokens * (returned + residual) + feed_forward,
         workspace=workspace + 2 * tokens * width * hidden,  # the residual stream's gradients
     )
@@ -74,8 +74,9 @@ def _projections(attention: Attention, setting: Setting) -> float:
     """A token's bytes from the block's input to what attention reads."""
     width, kept_input = setting.layout.bytes, setting.layout.input_bytes
     is_fp8 = setting.layout.is_fp8
-    # Two projections read the normed input: each keeps its own tiles, or both one BF16 tensor.
-    kept = STATISTIC + (2 if is_fp8 else 1) * kept_input * setting.architecture.hidden
+    # Projections that are not one product keep tiles each, or all of them one BF16 tensor.
+    products = 2 if is_fp8 and not _is_joint(attention) else 1
+    kept = STATISTIC + products * kept_input * setting.architecture.hidden
     if is_fp8:  # in BF16 the last projection's input is attention's output itself
         kept += FP8_TILES * attention.v_width
     if not isinstance(attention, LatentAttention):
@@ -87,31 +88,63 @@ def _projections(attention: Attention, setting: Setting) -> float:
     return kept + width * (2 * attention.qk_width + attention.kv_width)
 
 
+def _is_joint(attention: Attention) -> bool:
+    """Whether queries' latents and keys' and values' are one product of the normed input."""
+    return isinstance(attention, LatentAttention) and attention.q_rank is not None
+
+
+def _side_by_side(attention: Attention, setting: Setting) -> float:
+    """The copy of two weights that a joint product in BF16 reads."""
+    if setting.layout.is_fp8 or not isinstance(attention, LatentAttention):
+        return 0
+    rows = (attention.q_rank or 0) + attention.kv_numbers if _is_joint(attention) else 0
+    return setting.layout.bytes * rows * setting.architecture.hidden
+
+
 def _swiglu(inner: int, setting: Setting) -> float:
     """Bytes that a dense layer or the shared experts keep besides their input."""
     width = setting.layout.bytes
+    if setting.layout.is_fp8 and inner % TILE == 0:
+        return setting.tokens * FP8_TILES * 2 * inner
     # In BF16 gate and up are put side by side for one product, and that copy of them is kept.
     copied = 0 if setting.layout.is_fp8 else 2 * width * inner * setting.architecture.hidden
     return setting.tokens * (2 * width + setting.layout.input_bytes) * inner + copied
 
 
+def _fused(rows: float, columns: float, inner: int, setting: Setting, weights: float) -> float:
+    """The workspace of an MLP whose backward pass is one operation in FP8 (``ops/fp8_mlp.py``).
+
+    Tiles of SwiGLU's gradient and, transposed, of both gradients and its output, and with them the
+    largest of: tiles of the output's gradient and what SwiGLU's is made of, the gradient of the
+    rows, the gradients of the weights. ``columns`` are bytes of a transposed tiles' row.
+    """
+    width, hidden = setting.layout.bytes, setting.architecture.hidden
+    tiles = FP8_TILES * rows * 2 * inner + columns * (hidden + 3 * inner)
+    begun = rows * (FP8_TILES * hidden + width * inner)
+    return tiles + max(begun, rows * width * hidden, weights)
+
+
 def _dense(dense: Dense, setting: Setting) -> tuple[float, float]:
     """Bytes that are kept, and the workspace."""
     width, inner, hidden = setting.layout.bytes, dense.intermediate, setting.architecture.hidden
+    weights = 3 * width * inner * hidden  # their gradients
+    kept = _swiglu(inner, setting) + setting.tokens * setting.layout.input_bytes * hidden
+    if setting.layout.is_fp8 and inner % TILE == 0:
+        tokens = setting.tokens
+        return kept, _fused(tokens, FP8_TILES * tokens, inner, setting, weights)
     if setting.layout.is_fp8:
         rows = width * (hidden + 2 * inner) + 2 * FP8_TILES * 2 * inner
     else:
         rows = width * (hidden + inner)
-    kept = _swiglu(inner, setting) + setting.tokens * setting.layout.input_bytes * hidden
-    return kept, setting.tokens * rows + 3 * width * inner * hidden
+    return kept, setting.tokens * rows + weights
 
 
 def _experts(experts: Experts, setting: Setting) -> tuple[float, float]:
     """Bytes that shared and routed experts keep, and the workspace of the routed ones."""
     hidden, width, inner = setting.architecture.hidden, setting.layout.bytes, experts.intermediate
     rows, held = setting.tokens * experts.top_k, experts.routed // setting.layout.ep
-    # The gate reads the normed tokens as they are; places and weights of the sorted rows.
-    kept = float(setting.tokens * width * hidden + rows * (8 + 4))
+    # The gate reads the normed tokens as they are; places, tokens and weights of the sorted rows.
+    kept = float(setting.tokens * width * hidden + rows * (8 + 4 + 4))
     if experts.shared:
         kept += _swiglu(experts.shared * inner, setting)
         if setting.layout.is_fp8:  # else they read what the gate reads
@@ -121,9 +154,7 @@ def _experts(experts: Experts, setting: Setting) -> tuple[float, float]:
         # Each expert's columns begin at a multiple of 128.
         columns = FP8_TILES * (rows // TILE + held) * TILE
         kept += columns * hidden + FP8_TILES * rows * 2 * inner
-        # One operation from end to end: nothing goes before its end.
-        bf16, straight, turned = 2 * hidden + inner, hidden + 2 * inner, hidden + 3 * inner
-        return kept, rows * (width * bf16 + FP8_TILES * straight) + columns * turned + up + down
+        return kept, _fused(rows, columns, inner, setting, up + down)
     kept += rows * width * (hidden + 2 * inner + inner)
     # At the last projection everything is there; at the first, SwiGLU's input and output are gone.
     at_last, at_first = hidden + inner, hidden - inner
