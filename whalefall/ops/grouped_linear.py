@@ -1,9 +1,10 @@
 """A linear layer per group of rows: the experts' matrix products (paper 2.1.2).
 
-Rows arrive sorted by group; ``ends[g]`` is the row after the last one of group g. On CUDA the
-library's grouped GEMM reads the ends on the device, so nothing waits for the host; it takes BF16
-whose rows are a multiple of 16 bytes. Elsewhere a loop over the groups that have rows does the
-same arithmetic.
+Rows arrive sorted by group; ``ends[g]`` is the row after the last one of group g. Rows from
+``ends[-1]`` on belong to nobody and their results are undefined. On CUDA the ends are read on the
+device, so nothing waits for the host: BF16 whose rows are a multiple of 16 bytes goes to our
+kernel on Hopper, elsewhere to the library's grouped GEMM. All else takes a loop over the groups
+that have rows, which does the same arithmetic.
 """
 
 from typing import Any
@@ -22,8 +23,6 @@ def grouped_linear(
     ends: Int[Tensor, "groups"],
 ) -> Float[Tensor, "rows out"]:
     """x[i] @ weight[group of i]^T for every row. Groups may be empty."""
-    if _has_grouped_gemm(x, weight.shape[1]):
-        return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
     return call(_GroupedLinear, x, weight, ends)
 
 
@@ -32,8 +31,15 @@ def grouped_weight_gradient(
 ) -> Float[Tensor, "groups out in"]:
     """grad^T x over the rows of each group; zeros for an empty one."""
     if _has_grouped_gemm(x, grad.shape[1]):
+        if _is_hopper(x):
+            from whalefall.kernels import grouped_linear as kernel
+
+            return kernel.weight_gradient(grad, x, ends)
         return F.grouped_mm(grad.T, x, offs=ends)
-    return _weight_gradient(grad, x, _non_empty(ends), len(ends))
+    out = x.new_zeros(len(ends), grad.shape[1], x.shape[1])
+    for group, start, end in _non_empty(ends):
+        torch.mm(grad[start:end].T, x[start:end], out=out[group])
+    return out
 
 
 def reference(
@@ -48,46 +54,51 @@ def reference(
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """The loop, with gradients written in place: autograd over slices would copy the weights."""
+    """One backward for all: autograd over the loop's slices would copy the weights."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        bounds = _non_empty(ends)
-        ctx.bounds = bounds
-        ctx.save_for_backward(x, weight)
-        out = x.new_empty(len(x), weight.shape[1])
-        sizes = [end - start for _, start, end in bounds]
-        parts = zip(bounds, x.split_with_sizes(sizes), out.split_with_sizes(sizes), strict=True)
-        transposed = weight.mT
-        for (group, _, _), rows, products in parts:
-            torch.mm(rows, transposed[group], out=products)
-        return out
+        ctx.save_for_backward(x, weight, ends)
+        return _product(x, weight, ends)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, ends = ctx.saved_tensors
+        grad = grad.contiguous()  # grouped GEMMs take no other strides
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.empty_like(x)
-            for group, start, end in ctx.bounds:
-                torch.mm(grad[start:end], weight[group], out=grad_x[start:end])
+            grad_x = _product(grad, weight.mT, ends)
         if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(grad, x, ctx.bounds, len(weight))
+            grad_weight = grouped_weight_gradient(grad, x, ends)
         return grad_x, grad_weight, None
 
 
-def _weight_gradient(
-    grad: Tensor, x: Tensor, bounds: list[tuple[int, int, int]], groups: int
-) -> Tensor:
-    out = x.new_zeros(groups, grad.shape[1], x.shape[1])
-    for group, start, end in bounds:
-        torch.mm(grad[start:end].T, x[start:end], out=out[group])
+def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x[i] weight[group of i]^T, without a copy of a weight that is a transpose."""
+    if _has_grouped_gemm(x, weight.shape[1]):
+        if _is_hopper(x):
+            from whalefall.kernels import grouped_linear as kernel
+
+            return kernel.linear(x, weight, ends)
+        return F.grouped_mm(x, weight.mT, offs=ends)
+    bounds = _non_empty(ends)
+    out = x.new_empty(len(x), weight.shape[1])
+    sizes = [end - start for _, start, end in bounds]
+    sizes.append(len(x) - sum(sizes))  # nobody's
+    parts = zip(bounds, x.split_with_sizes(sizes), out.split_with_sizes(sizes), strict=False)
+    transposed = weight.mT
+    for (group, _, _), rows, products in parts:
+        torch.mm(rows, transposed[group], out=products)
     return out
 
 
 def _has_grouped_gemm(x: Tensor, out_features: int) -> bool:
     aligned = x.shape[1] % 8 == 0 and out_features % 8 == 0
     return x.is_cuda and x.dtype == torch.bfloat16 and aligned
+
+
+def _is_hopper(x: Tensor) -> bool:
+    return torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def _non_empty(ends: Tensor) -> list[tuple[int, int, int]]:
