@@ -1,4 +1,4 @@
-"""Dense FP8 GEMMs beside BF16: the linear layers of bench-6b and of DeepSeek-V3."""
+"""Dense FP8 GEMMs by our kernel and by cuBLAS: the linear layers of bench-6b and of DeepSeek-V3."""
 
 from collections.abc import Iterator
 
@@ -6,72 +6,53 @@ import torch
 from common_kernels import Row
 from torch import Tensor
 
-from whalefall.ops.gemm import gemm, gemm_wgrad
-from whalefall.ops.grouped_gemm import grouped_gemm_wgrad
-from whalefall.ops.quantize import Tiles, quantize_blocks, quantize_tiles, quantize_transposed
+from whalefall.ops.gemm import cublas, gemm_wgrad, own, own_is_faster
+from whalefall.ops.quantize import (
+    Blocks,
+    Tiles,
+    quantize_blocks_both,
+    quantize_tiles,
+    quantize_transposed,
+)
 
 SHAPES = {
-    16384: "1536x2048 3072x1536 576x2048 4096x512 2048x2048 2816x2048 2048x1408",
+    16384: "2112x2048 3072x1536 4096x512 2048x2048 2816x2048 2048x1408",
     4096: "2112x7168 24576x1536 32768x512 7168x16384 4096x7168 7168x2048",
+    1024: "2112x2048 2816x2048 7168x2048",
 }
-"""Out x in of the weights, by tokens: bench-6b, then DeepSeek-V3."""
+"""Out x in of the weights, by tokens: bench-6b, DeepSeek-V3, and few tokens."""
 
 
 def rows() -> Iterator[Row]:
     for tokens, shapes in SHAPES.items():
         for shape in shapes.split():
             out, inner = map(int, shape.split("x"))
-            yield forward(tokens, out, inner)
-            yield from weight_gradient(tokens, out, inner)
+            x_16, grad_16 = bf16(tokens, inner), bf16(tokens, out)
+            x, grad = quantize_tiles(x_16), quantize_tiles(grad_16)
+            weight, transposed = quantize_blocks_both(bf16(out, inner))
+            yield product(f"fprop {tokens} x {out} x {inner}", x, weight)
+            yield product(f"dgrad {tokens} x {inner} x {out}", grad, transposed)
+            a, b = quantize_transposed(grad_16), quantize_transposed(x_16)
+            yield Row(
+                f"wgrad {out} x {inner} x {tokens}",
+                lambda a=a, b=b: gemm_wgrad(a, b),
+                flops=2 * out * inner * tokens,
+                peer=lambda a=grad_16, b=x_16: a.T @ b,
+                peer_name="BF16",
+            )
 
 
-def forward(tokens: int, out: int, inner: int) -> Row:
-    x, weight = bf16(tokens, inner), bf16(out, inner)
-    a, b = quantize_tiles(x), quantize_blocks(weight)
+def product(name: str, a: Tiles, b: Blocks) -> Row:
+    """What ``gemm`` chooses, beside what it does not."""
+    (rows, inner), cols = a.values.shape, len(b.values)
+    chosen, other = (own, cublas) if own_is_faster(rows, cols, inner) else (cublas, own)
     return Row(
-        f"gemm {tokens} x {out} x {inner}",
-        lambda: gemm(a, b),
-        flops=2 * tokens * out * inner,
-        peer=lambda: x @ weight.T,
-        peer_name="BF16",
+        f"{name}, {chosen.__name__}",
+        lambda: chosen(a, b, torch.bfloat16),
+        flops=2 * rows * cols * inner,
+        peer=lambda: other(a, b, torch.bfloat16),
+        peer_name=other.__name__,
     )
-
-
-def weight_gradient(tokens: int, out: int, inner: int) -> Iterator[Row]:
-    """By cuBLAS, and by our grouped kernel with the tokens split into groups."""
-    grad, x = bf16(tokens, out), bf16(tokens, inner)
-    a, b = quantize_transposed(grad), quantize_transposed(x)
-    yield Row(
-        f"gemm_wgrad {out} x {inner} x {tokens}",
-        lambda: gemm_wgrad(a, b),
-        flops=2 * tokens * out * inner,
-        peer=lambda: grad.T @ x,
-        peer_name="BF16",
-    )
-    splits = fewest_splits(out, inner)
-    yield Row(
-        f"gemm_wgrad {out} x {inner} x {tokens}, {splits} splits",
-        lambda: in_splits(a, b, splits),
-        flops=2 * tokens * out * inner,
-        peer=lambda: gemm_wgrad(a, b),
-        peer_name="cuBLAS",
-    )
-
-
-def in_splits(a: Tiles, b: Tiles, splits: int) -> Tensor:
-    """Each group sums a part of the tokens; the parts are added in order."""
-    tokens = a.values.shape[1]
-    ends = torch.arange(1, splits + 1, device="cuda", dtype=torch.int32)
-    ends = (ends * (tokens // 128) // splits) * 128
-    parts = grouped_gemm_wgrad(a, b, ends, torch.float32 if splits > 1 else torch.bfloat16)
-    return parts.sum(0).bfloat16() if splits > 1 else parts[0]
-
-
-def fewest_splits(out: int, inner: int) -> int:
-    """That leave a tenth or less of the last wave of programs, 64 x 128 and three an SM, idle."""
-    programs = 3 * torch.cuda.get_device_properties("cuda").multi_processor_count
-    tiles = -(-out // 64) * -(-inner // 128)
-    return next(n for n in range(1, 100) if n * tiles >= 0.9 * programs * -(-n * tiles // programs))
 
 
 def bf16(*shape: int) -> Tensor:

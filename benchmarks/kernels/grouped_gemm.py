@@ -12,27 +12,30 @@ from whalefall.ops.quantize import quantize_blocks, quantize_tiles, quantize_tra
 
 
 def rows() -> Iterator[Row]:
-    for ends, shapes in (
-        (uneven(98304, 64), "2816x2048 2048x1408 2048x2816 1408x2048"),
-        (even(8192, 8), "4096x7168 7168x2048"),
+    experts = "2816x2048 2048x1408 2048x2816 1408x2048"
+    for ends, shapes, groups in (
+        (uneven(98304, 64), experts, "64 groups"),
+        (skewed(98304, 64), experts, "64 skewed groups"),
+        (even(8192, 8), "4096x7168 7168x2048", "8 groups"),
     ):
-        for shape in shapes.split():
-            yield forward(ends, *map(int, shape.split("x")))
-    for ends, shapes in (
-        (uneven(98304, 64), "2816x2048 2048x1408"),
-        (even(8192, 8), "4096x7168 7168x2048"),
+        for out, inner in (map(int, shape.split("x")) for shape in shapes.split()):
+            yield forward(ends, out, inner, groups)
+    for ends, shapes, groups in (
+        (uneven(98304, 64), "2816x2048 2048x1408", "64 groups"),
+        (skewed(98304, 64), "2816x2048 2048x1408", "64 skewed groups"),
+        (even(8192, 8), "4096x7168 7168x2048", "8 groups"),
     ):
-        for shape in shapes.split():
-            yield weight_gradient(ends, *map(int, shape.split("x")))
+        for out, inner in (map(int, shape.split("x")) for shape in shapes.split()):
+            yield weight_gradient(ends, out, inner, groups)
 
 
-def forward(ends: Tensor, out: int, inner: int) -> Row:
+def forward(ends: Tensor, out: int, inner: int, groups: str) -> Row:
     """The forward pass, and with the sides of the weight exchanged the gradient of the input."""
-    groups, tokens = len(ends), int(ends[-1])
-    x, weight = bf16(tokens, inner), bf16(groups, out, inner)
+    tokens = int(ends[-1])
+    x, weight = bf16(tokens, inner), bf16(len(ends), out, inner)
     a, b = quantize_tiles(x), quantize_blocks(weight)
     return Row(
-        f"grouped_gemm {tokens} x {out} x {inner}, {groups} groups",
+        f"grouped_gemm {tokens} x {out} x {inner}, {groups}",
         lambda: grouped_gemm(a, b, ends),
         bytes=a.values.nbytes + b.values.nbytes + 2 * tokens * out,
         flops=2 * tokens * out * inner,
@@ -41,14 +44,14 @@ def forward(ends: Tensor, out: int, inner: int) -> Row:
     )
 
 
-def weight_gradient(ends: Tensor, out: int, inner: int) -> Row:
-    groups, tokens = len(ends), int(ends[-1])
+def weight_gradient(ends: Tensor, out: int, inner: int, groups: str) -> Row:
+    tokens = int(ends[-1])
     grad, x = bf16(tokens, out), bf16(tokens, inner)
     a, b = quantize_transposed(grad, ends), quantize_transposed(x, ends)
     return Row(
-        f"grouped_gemm_wgrad {out} x {inner} x {tokens}, {groups} groups",
+        f"grouped_gemm_wgrad {out} x {inner} x {tokens}, {groups}",
         lambda: grouped_gemm_wgrad(a, b, ends),
-        bytes=tokens * (out + inner) + 2 * groups * out * inner,
+        bytes=tokens * (out + inner) + 2 * len(ends) * out * inner,
         flops=2 * tokens * out * inner,
         peer=lambda: F.grouped_mm(grad.T, x, offs=ends),
         peer_name="F.grouped_mm BF16",
@@ -59,6 +62,13 @@ def uneven(tokens: int, groups: int) -> Tensor:
     """Sizes that differ by a factor of 3, as a router leaves them that balances a batch roughly."""
     generator = torch.Generator().manual_seed(0)
     shares = (torch.rand(groups, generator=generator) + 0.5).cumsum(0)
+    return (shares / shares[-1] * tokens).round().to("cuda", torch.int32)
+
+
+def skewed(tokens: int, groups: int) -> Tensor:
+    """Sizes from about 600 to 2,600 of 98,304 tokens for 64 groups, more of them small."""
+    generator = torch.Generator().manual_seed(1)
+    shares = (600 + 2000 * torch.rand(groups, generator=generator) ** 1.14).cumsum(0)
     return (shares / shares[-1] * tokens).round().to("cuda", torch.int32)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from whalefall.ops.gemm import gemm, gemm_wgrad, reference
+from whalefall.ops.gemm import cublas, gemm, gemm_wgrad, own, reference
 from whalefall.ops.quantize import (
     Blocks,
     Tiles,
@@ -101,6 +101,43 @@ def test_cuda_weight_gradient_agrees(tokens: int, dtype: torch.dtype) -> None:
     agrees(gemm_wgrad, quantize_transposed(grad), quantize_transposed(x), dtype)
     grad, x = with_outliers(grad), with_outliers(x)
     agrees(gemm_wgrad, quantize_transposed(grad), quantize_transposed(x), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("product", [own, cublas])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_cuda_products_agree(product: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    x, weight = normal(516, 576, device="cuda"), normal(720, 576, device="cuda")
+    x, weight = with_outliers(x), with_outliers(weight)
+    agrees(product, quantize_tiles(x), quantize_blocks(weight), dtype)
+
+
+OWN_SHAPES = [
+    (1, 16, 16),  # one tile, which is tall
+    (130, 144, 4240),  # 34 steps: of one scale a step, those of 32 are loaded at once
+    (129, 5008, 272),  # more pairs of blocks across than a band has
+    (2050, 2112, 640),  # more tiles than multiprocessors
+    (5000, 528, 640),  # several tiles a program
+]
+"""Rows, columns, contraction."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "cols", "inner"), OWN_SHAPES)
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_own_kernel_agrees(rows: int, cols: int, inner: int, dtype: torch.dtype) -> None:
+    x, weight = normal(rows, inner, device="cuda"), normal(cols, inner, device="cuda")
+    x, weight = with_outliers(x), with_outliers(weight)
+    agrees(own, quantize_tiles(x), quantize_blocks(weight), dtype)
+
+
+@pytest.mark.gpu
+def test_own_kernel_gives_the_same_bits_again() -> None:
+    x, weight = normal(2064, 4096, device="cuda"), normal(2112, 4096, device="cuda")
+    operands = quantize_tiles(x), quantize_blocks(weight)
+    first = own(*operands, torch.bfloat16)
+    for _ in range(20):  # a stage read or overwritten too early would show as bits that change
+        assert torch.equal(own(*operands, torch.bfloat16), first)
 
 
 @pytest.mark.gpu

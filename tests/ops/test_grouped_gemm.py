@@ -80,14 +80,16 @@ def test_sides_of_a_weight_gradient_are_multiples_of_16() -> None:
         grouped_gemm_wgrad(grad, x, ends)
 
 
-CUDA_SIZES = [*SIZES, [7] * 40, [1000, 3, 0, 300, 257]]
+CUDA_SIZES = [*SIZES, [7] * 40, [1000, 3, 0, 300, 257], [129, 127, 384, 640]]
 BOUNDS = {torch.bfloat16: 3e-3, torch.float32: 2e-3}
 """Of ||out - right|| / ||right||: 14 bits within 128 of the contraction, 8 in a BF16 output."""
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", CUDA_SIZES, ids=str)
-@pytest.mark.parametrize(("cols", "inner"), [(256, 128), (208, 576), (576, 1408), (16, 16)])
+@pytest.mark.parametrize(
+    ("cols", "inner"), [(256, 128), (208, 576), (576, 1408), (16, 16), (384, 4240)]
+)
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_cuda_agrees(sizes: list[int], cols: int, inner: int, dtype: torch.dtype) -> None:
     a, b = operands(sizes, cols, inner)
@@ -108,6 +110,15 @@ def test_cuda_weight_gradient_agrees(
     grad, x = (with_outliers(normal(tokens, side, device="cuda")) for side in (rows, cols))
     a, b = quantize_transposed(grad, ends), quantize_transposed(x, ends)
     agrees(grouped_gemm_wgrad(a, b, ends, dtype), reference_wgrad(a, b, ends, torch.float64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [20_000, 20_002])
+def test_cuda_agrees_over_many_tiles_of_a_program(tokens: int) -> None:
+    """Stages and the blocks in shared memory are used again; scales are padded, or not."""
+    sizes = [tokens - 9_300, 5_001, 1, 0, 4_298]
+    test_cuda_agrees(sizes, 1408, 272, torch.bfloat16)
+    test_cuda_weight_gradient_agrees(sizes, 2816, 1408, torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -1,104 +1,81 @@
-"""FP8 matrix products by groups, with scales that change every 128 of the contraction.
+"""FP8 products, dense or by groups of rows: which tiles there are for ``gemm_tiles``.
 
-Both operands have the contraction along their rows. In one step the tensor core contracts 128 of
-it, where 14 bits of accumulation last; its sums then leave for registers and are added to FP32
-sums with the scales (paper 3.3.2). Meanwhile the tensor core works for another program: those are
-four warps each, so that two share an SM (208 registers a thread; 96 KiB for three steps of
-operands, which TMA loads ahead). They fit because a step has two halves: registers hold the sums
-of both, but the products of only one.
-
-The programs of a group run together: its operands come from device memory once, then from L2.
+A group may begin at any row, so its tiles count from its own first row. They are next to each
+other in the order of tiles: what a group needs comes from device memory once, then from L2.
 Arithmetic is the bound: 98,304 x 2816 x 2048 is 1.13 PFLOP for 1 GB.
 """
 
 import torch
-import triton
-import triton.language as tl
+import torch.nn.functional as F
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-TILE = tl.constexpr(128)  # one scale of the contraction; rows and columns of a block of weights
-HALF = tl.constexpr(64)  # rows of the output that four warps multiply at once
+from whalefall.kernels import gemm_tiles
+from whalefall.kernels.gemm_tiles import BLOCK, OPERANDS, SCALES, STEPS
 
 
 def forward(
-    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], ends: Tensor, dtype: torch.dtype
+    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], ends: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Row r of group g times b[g]^T: [rows, cols] from [rows, inner] and [groups, cols, inner].
 
-    Both are values and scales, in 1x128 tiles and in 128x128 blocks.
+    Both are values and scales, in 1x128 tiles and in 128x128 blocks. Without ``ends`` all rows are
+    one group.
     """
     (a_values, a_scales), (b_values, b_scales) = a, b
     (rows, inner), (groups, cols, _) = a_values.shape, b_values.shape
     out = a_values.new_empty(rows, cols, dtype=dtype)
-    if out.numel():
-        row_tiles = rows // 128 + groups  # at most: the last of each group may be partial
-        _grouped_gemm_kernel[(row_tiles * triton.cdiv(cols, 128),)](
-            TensorDescriptor.from_tensor(a_values, [64, 128]),
-            a_scales,
-            TensorDescriptor.from_tensor(b_values.view(groups * cols, inner), [128, 128]),
-            b_scales,
-            ends, out, rows, cols, inner, groups, _group_lanes(groups),
-            num_warps=4, num_stages=3, maxnreg=208,
-        )  # fmt: skip
+    if not out.numel():
+        return out
+    # The copy engine reads a step's scales from multiples of 16 bytes only.
+    a_scales = F.pad(a_scales, (0, -rows % 4)) if rows % 4 else a_scales
+    processors = torch.cuda.get_device_properties(out.device).multi_processor_count
+    tiles = (rows // 128 + 2 * groups) * -(-cols // 256)  # at most
+    _grouped_gemm_kernel[(min(tiles, processors),)](
+        TensorDescriptor.from_tensor(a_values, [128, 128], OPERANDS),
+        TensorDescriptor.from_tensor(a_scales.flatten(), [128], SCALES),
+        TensorDescriptor.from_tensor(b_values.flatten(0, 1), [128, 128], OPERANDS),
+        TensorDescriptor.from_tensor(b_scales.flatten(), [STEPS.value], SCALES),
+        ends, out, rows, groups, cols, a_scales.shape[1], -(-inner // 128),
+        num_warps=4,
+    )  # fmt: skip
     return out
 
 
-def _group_lanes(groups: int) -> int:
-    """A power of two, and at least a warp: with fewer lanes the compiler spills registers."""
-    return max(32, triton.next_power_of_2(groups))
-
-
-@triton.jit
+@gluon.jit(do_not_specialize=["rows", "groups", "steps"])
 def _grouped_gemm_kernel(
-    a, a_scale_ptr, b, b_scale_ptr, ends_ptr, out_ptr, rows, cols, inner, groups,
-    GROUPS: tl.constexpr,
+    a, a_scales, b, b_scales, ends, out, rows, groups, cols, scale_rows, steps
 ):  # fmt: skip
-    """One program: 128 x 128 of the output, upper and lower half in turn, rows of one group."""
-    col_tiles = tl.cdiv(cols, TILE)
-    group, start, end = _find_rows(ends_ptr, groups, tl.program_id(0) // col_tiles, GROUPS)
-    if start >= end:
-        return
-    row = start + tl.arange(0, HALF)
-    col = tl.program_id(0) % col_tiles * TILE
-    steps = tl.cdiv(inner, TILE)
-    b_scale_ptr += (group * col_tiles + col // TILE) * (tl.cdiv(steps, 4) * 4)
-    upper = tl.zeros((HALF, TILE), tl.float32)
-    lower = tl.zeros((HALF, TILE), tl.float32)
-    for step in range(steps):
-        at = step * TILE
-        b_tile = b.load([group * cols + col, at]).T
-        b_scale = tl.load(b_scale_ptr + step)
-        a_scale = tl.load(a_scale_ptr + (step * rows + row), row < end, other=0.0)
-        upper += tl.dot(a.load([start, at]), b_tile) * (a_scale * b_scale)[:, None]
-        a_scale = tl.load(a_scale_ptr + (step * rows + row + HALF), row + HALF < end, other=0.0)
-        lower += tl.dot(a.load([start + HALF, at]), b_tile) * (a_scale * b_scale)[:, None]
-    _store(out_ptr, upper, row, end, col + tl.arange(0, TILE), cols)
-    _store(out_ptr, lower, row + HALF, end, col + tl.arange(0, TILE), cols)
+    sources = (a, a_scales, b, b_scales)
+    strides = (scale_rows, 1, gl.cdiv(steps, 4) * 4)
+    gemm_tiles.play(_walk, (ends, rows, groups, cols, steps), sources, strides, out, cols)
 
 
-@triton.jit
-def _find_rows(ends_ptr, groups, wanted, GROUPS: tl.constexpr):
-    """The wanted tile of rows: its group, its first row, that group's end; zeros after the last.
-
-    Tiles are counted from the first row of each group, which is any row.
-    """
-    group = tl.arange(0, GROUPS)
-    begin = tl.load(ends_ptr + group - 1, (group > 0) & (group < groups), other=0)
-    end = tl.load(ends_ptr + group, group < groups, other=0)
-    tiles = tl.cdiv(end - begin, TILE)
-    before = tl.cumsum(tiles) - tiles
-    found = (before <= wanted) & (wanted < before + tiles)
-    start = begin + (wanted - before) * TILE
-    return (
-        tl.sum(tl.where(found, group, 0)),
-        tl.sum(tl.where(found, start, 0)),
-        tl.sum(tl.where(found, end, 0)),
-    )
-
-
-@triton.jit
-def _store(out_ptr, sums, row, rows, col, cols):
-    at = row[:, None].to(tl.int64) * cols + col[None, :]
-    inside = (row < rows)[:, None] & (col < cols)[None, :]
-    tl.store(out_ptr + at, sums.to(out_ptr.dtype.element_ty), inside)
+@gluon.jit
+def _walk(role: gl.constexpr, means, problem):
+    """Plays a role in this program's tiles."""
+    ends, rows, groups, cols, steps = problem
+    across = gl.cdiv(cols, BLOCK)
+    tile = gl.program_id(0)
+    first_tile = 0  # of the group
+    start = 0  # its first row
+    tiles_before = 0
+    for group in range(groups):
+        end = rows if ends is None else gl.load(ends + group)
+        # Where the scales of rows can be read; up to 3 rows of others are not stored.
+        top = start // 4 * 4
+        down = gl.where(end > start, gl.cdiv(end - top, BLOCK), 0)
+        tiles = gemm_tiles.count(down, across)
+        while tile < first_tile + tiles:
+            row, col, tall = gemm_tiles.find(tile - first_tile, down, across)
+            row += top
+            b_scale = (group * across + col // BLOCK) * (gl.cdiv(steps, 4) * 4)
+            source = (row, group * cols + col, row, b_scale)
+            span = (0, steps, steps * tiles_before, tiles_before)
+            role(means, tall, source, (row, col, start, end), span)
+            tiles_before += 1
+            tile += gl.num_programs(0)
+        first_tile += tiles
+        start = end
