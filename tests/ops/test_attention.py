@@ -1,6 +1,7 @@
 """Attention with unequal widths, against a softmax written out in float64."""
 
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -145,3 +146,116 @@ def test_the_cuda_kernels_agree_at_the_widths_of_v3(masked: bool) -> None:
         strict=True,
     ):
         assert (one - other).norm() < 2e-2 * other.norm()
+
+
+@pytest.fixture
+def deterministic() -> Iterator[Callable[[bool], None]]:
+    """Turns torch's deterministic algorithms on and off, and off in the end."""
+    yield torch.use_deterministic_algorithms
+    torch.use_deterministic_algorithms(False)
+
+
+Case = tuple[list[Tensor], Tensor, Tensor | None]
+
+
+def on_cuda(qk: int, v: int, queries: int, keys: int, *, masked: bool) -> Case:
+    """Queries, keys and values in the memory of [batch, seq, heads, dim], a gradient, a mask."""
+    generator = torch.Generator("cuda").manual_seed(qk + queries)
+    like = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
+
+    def random(length: int, width: int) -> Tensor:
+        return torch.randn(BATCH, length, HEADS, width, **like).transpose(1, 2)
+
+    inputs = [random(queries, qk), random(keys, qk), random(keys, v)]
+    mask = None
+    if masked:
+        mask = torch.rand(BATCH, 1, queries, keys, device="cuda", generator=generator) < 0.5
+        mask[..., 0] = True
+    return [x.requires_grad_() for x in inputs], random(queries, v), mask
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("qk", "v", "queries", "keys", "masked"),
+    [
+        *((192, 128, length, length, False) for length in (17, 64, 128, 129, 200, 1000)),
+        (144, 80, 200, 200, False),
+        *((qk, v, 200, 200, False) for qk, v in [(48, 32), (32, 16), (112, 80), (256, 256)]),
+        (192, 128, 200, 200, True),
+        (192, 128, 90, 333, True),
+        (48, 32, 130, 130, True),
+    ],
+)
+def test_deterministic_gradients_repeat_their_bits(
+    qk: int,
+    v: int,
+    queries: int,
+    keys: int,
+    masked: bool,
+    deterministic: Callable[[bool], None],
+) -> None:
+    inputs, outer, mask = on_cuda(qk, v, queries, keys, masked=masked)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    right = reference(*wide, scale=qk**-0.5, mask=mask)
+    right_grads = torch.autograd.grad(right, wide, outer.double())
+    deterministic(True)  # not before: it forbids cuBLAS products, such as the reference's
+    runs = []
+    for _ in range(2):
+        own = attention(*inputs, scale=qk**-0.5, mask=mask)
+        assert type(own.grad_fn).__name__.startswith("_OrderedAttention")
+        runs.append((own, *torch.autograd.grad(own, inputs, outer)))
+    deterministic(False)
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+    for one, other in zip(runs[0], (right, *right_grads), strict=True):
+        assert one.shape == other.shape
+        assert one.transpose(1, 2).is_contiguous()
+        assert (one - other).norm() < 4e-3 * other.norm()
+
+
+@pytest.mark.gpu
+def test_heads_in_groups_have_the_same_bits(
+    deterministic: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six heads of 200 tokens at once, in groups of two, and one by one."""
+    from whalefall.kernels import attention_backward_hopper as kernel
+
+    inputs, outer, _ = on_cuda(192, 128, 200, 200, masked=False)
+    deterministic(True)
+    own = attention(*inputs, scale=192**-0.5)
+    together = torch.autograd.grad(own, inputs, outer, retain_graph=True)
+    head_bytes = 3 * 128 * 128 * 2  # blocks on and below the diagonal
+    for memory in (2 * head_bytes, 1):
+        monkeypatch.setattr(kernel, "MEMORY", memory)
+        apart = torch.autograd.grad(own, inputs, outer, retain_graph=True)
+        for one, other in zip(together, apart, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("qk", "values"), [(48, 32), (192, 128)])
+def test_gradients_of_any_memory_are_the_same(
+    qk: int, values: int, deterministic: Callable[[bool], None]
+) -> None:
+    """Values that are a part of a longer row, a gradient that is one number everywhere."""
+    (q, k, v), _, _ = on_cuda(qk, values, 150, 150, masked=False)
+    joint = torch.cat([k, v], -1).detach().requires_grad_()
+    deterministic(True)
+    own = attention(q, joint[..., :qk], joint[..., qk:], scale=qk**-0.5)
+    grad_q, grad_joint = torch.autograd.grad(own.sum(), (q, joint))
+    apart = torch.autograd.grad(attention(q, k, v, scale=qk**-0.5).sum(), (q, k, v))
+    for one, other in zip((grad_q, *grad_joint.split([qk, values], -1)), apart, strict=True):
+        assert (one - other).norm() < 4e-3 * other.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("qk", "v", "dtype"), [(40, 32, "bfloat16"), (48, 32, "float32")])
+def test_other_sizes_and_types_stay_with_the_library(
+    qk: int, v: int, dtype: str, deterministic: Callable[[bool], None]
+) -> None:
+    inputs, outer, _ = on_cuda(qk, v, 70, 70, masked=False)
+    inputs = [x.detach().to(getattr(torch, dtype)).requires_grad_() for x in inputs]
+    deterministic(True)
+    own = attention(*inputs, scale=qk**-0.5)
+    assert not type(own.grad_fn).__name__.startswith("_OrderedAttention")
+    torch.autograd.grad(own, inputs, outer.to(own.dtype))
