@@ -21,7 +21,8 @@ from whalefall.engine.memory import pages_that_fit
 from whalefall.engine.request import Request
 from whalefall.engine.sampling import SamplingParams
 from whalefall.errors import UserError
-from whalefall.model.attention import LatentAttention
+from whalefall.model import attention
+from whalefall.model.linear import Linear
 from whalefall.model.transformer import Transformer
 from whalefall.ops.latent_attention import PAGE, decode_latents, encode_latents
 from whalefall.ops.mla_heads import mla_heads
@@ -52,21 +53,31 @@ def logprobs_by_hand(
 ) -> Tensor:
     """Of every next token: the whole network at once, each layer's latents rounded as it goes."""
 
-    def rounded(
-        self: LatentAttention, q: Tensor, latent: Tensor, key: Tensor, turn: Tensor, mask: None
-    ) -> Tensor:
-        rank, heads = self.config.kv_lora_rank, self.config.num_attention_heads
-        entry = torch.cat([latent, rotate(key, turn)], -1)[0]
-        entry = decode_latents(encode_latents(entry, rank), rank, entry.dtype)[None]
-        latent, turned = entry.tensor_split([rank], -1)
-        kv = self.kv_b_proj(latent).unflatten(-1, (heads, -1))
+    rank = model.config.kv_lora_rank
+
+    def rounded(latent: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        entry = torch.cat([latent, key], -1)
+        entry = decode_latents(encode_latents(entry[0], rank), rank, entry.dtype)[None]
+        return entry[..., :rank], entry[..., rank:]
+
+    def round_latent(_: Linear, inputs: tuple[Tensor]) -> Tensor:
+        (latent,) = inputs
+        return rounded(latent, latent.new_zeros(*latent.shape[:-1], 8))[0]
+
+    def heads_of_rounded(q: Tensor, kv: Tensor, key: Tensor, turn: Tensor) -> tuple[Tensor, ...]:
         q, k, v = mla_heads(q, kv, key, turn)
-        k[..., self.config.qk_nope_head_dim :] = turned.unsqueeze(2)
-        return self._attend(q, k, v, mask)
+        _, turned = rounded(key.new_zeros(*key.shape[:-1], rank), rotate(key, turn))
+        k[..., -key.shape[-1] :] = turned.unsqueeze(2)
+        return q, k, v
 
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(LatentAttention, "_expanded", rounded)
-        return model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        patch.setattr(attention, "mla_heads", heads_of_rounded)
+        projections = [block.self_attn.kv_b_proj for block in model.blocks]
+        hooks = [each.register_forward_pre_hook(round_latent) for each in projections]
+        logits = model(torch.tensor([tokens])).logits[0]
+        for hook in hooks:
+            hook.remove()
+    return logits.log_softmax(-1)
 
 
 WAYS = {
