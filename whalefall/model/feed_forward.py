@@ -18,6 +18,7 @@ from whalefall.ops.fp8_linear import Recipe, WeightCast, fp8_linear
 from whalefall.ops.fp8_mlp import fp8_experts, fp8_mlp, suits_fp8_mlp
 from whalefall.ops.gate import Sorted
 from whalefall.ops.grouped_linear import grouped_linear
+from whalefall.ops.looped_experts import looped_experts
 from whalefall.ops.permute import permute, unpermute
 from whalefall.ops.quantize import TILE, quantize_blocks
 from whalefall.ops.silu_mul import silu_mul
@@ -68,6 +69,10 @@ class Experts(nn.Module):
         if suits_fp8_mlp(recipe, self.down_proj.shape[2]):
             held = (self.gate_up_proj, self.down_proj, self._casts)
             return fp8_experts(x, places, row_tokens, weights, ends, *held, recipe)
+        trained = torch.is_grad_enabled() and self.gate_up_proj.requires_grad
+        if trained and x.is_cpu and recipe is None:
+            parts = (self.gate_up_proj, self.down_proj)
+            return looped_experts(x, places, row_tokens, weights, ends, *parts)
         rows = self.on_rows(permute(x, places, row_tokens), weights, ends)
         return unpermute(rows, places, row_tokens)
 
