@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from whalefall.ops import fp8_mlp as module
 from whalefall.ops.fp8_linear import Recipe, WeightCast, fp8_linear
 from whalefall.ops.fp8_mlp import fp8_experts, fp8_mlp, suits_fp8_mlp
 from whalefall.ops.permute import permute, unpermute
@@ -120,6 +121,33 @@ def test_a_dense_layer_equals_its_parts(tokens: int, recipe: Recipe, device: str
     out = fp8_mlp(*own, casts(), recipe)
     x, gate, up, down = composed
     assert_same(out, by_parts(x, [gate, up], down, recipe), own, composed)
+
+
+def test_frozen_weights_cost_no_products_and_a_frozen_input_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    products = []
+    for name in ("product", "weight_product"):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, real=real, name=name: products.append(name) or real(*args)
+        )
+    weights = random(INNER, HIDDEN, seed=1), random(INNER, HIDDEN, seed=2), random(HIDDEN, INNER)
+    recipe, x = Recipe(True, True, True), random(TOKENS, HIDDEN)
+
+    def gradients(inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        products.clear()
+        out = fp8_mlp(*inputs, casts(), recipe)
+        return torch.autograd.grad(out.sum(), [each for each in inputs if each.requires_grad])
+
+    all_of_them = gradients(leaves(x, *weights))
+    assert products.count("product") == 4 and products.count("weight_product") == 2
+    (of_input,) = gradients([*leaves(x), *weights])
+    assert torch.equal(of_input, all_of_them[0])
+    assert products.count("product") == 4 and products.count("weight_product") == 0
+    of_weights = gradients([x, *leaves(*weights)])
+    assert all(torch.equal(*pair) for pair in zip(of_weights, all_of_them[1:], strict=True))
+    assert products.count("product") == 3 and products.count("weight_product") == 2
 
 
 @recipes

@@ -8,8 +8,8 @@ bytes twice, which takes less time than the two products that would make them ag
 
 Scores lie keys by queries in blocks of 128 x 128, those on and below the diagonal one after the
 other; a block is four tiles of 64 x 64, 8 KiB that the copy engine moves in one piece. A head of
-4096 tokens has 17 MiB of them. Heads are worked on in groups that stay within ``MEMORY``, or one by
-one where a single one takes more: from 36 thousand tokens on memory grows with their square.
+4096 tokens has 17 MiB of them. Heads are worked on in groups that stay within ``MEMORY``, which
+one head alone fills at 36 thousand tokens: longer rows are not for these kernels.
 
 Warps have three roles in both kernels: one **loads** 64 rows at a time (TMA, which takes any
 strides and gives zeros beyond the last row) into a ring of stages, two warpgroups **multiply**, 64
@@ -60,10 +60,12 @@ OF_KEYS = gl.constexpr(gl.SliceLayout(1, SCORES))
 OF_QUERIES = gl.constexpr(gl.SliceLayout(0, SCORES))
 
 
-def takes(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernels here are for these widths."""
-    qk, values = q.shape[-1], v.shape[-1]
-    return 0 < qk - WIDE.value <= REST.value and REST.value < values <= VALUES.value
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels here are for these widths and lengths: up to 36,000 tokens, or one
+    head's scores would take more than ``MEMORY``."""
+    (tokens, qk), values = q.shape[-2:], v.shape[-1]
+    fits = _score_bytes(tokens) <= MEMORY and k.shape[-2] == tokens
+    return fits and 0 < qk - WIDE.value <= REST.value and REST.value < values <= VALUES.value
 
 
 def backward(
@@ -83,17 +85,15 @@ def backward(
     """
     batch, heads, tokens, _ = q.shape
     blocks = triton.cdiv(tokens, ROWS.value)
-    tiles = 2 * blocks * (blocks + 1)  # of a row
-    tile_bytes = 2 * HALF.value**2
     rows = batch * heads
-    groups = triton.cdiv(rows, max(MEMORY // (tiles * tile_bytes), 1))
+    groups = triton.cdiv(rows, MEMORY // _score_bytes(tokens))
     together = triton.cdiv(rows, groups)
     stats = lse.new_empty(rows * blocks * 2 * ROWS.value)
     _stats_kernel[(rows, 2 * blocks)](
         out, *out.stride(), grad, *grad.stride(), lse, *lse.stride()[:3], stats,
         heads, tokens, v.shape[-1], HALF=HALF.value, VALUES=VALUES.value, num_warps=4,
     )  # fmt: skip
-    scores = q.new_empty(together * tiles * HALF.value, HALF.value)
+    scores = q.new_empty(together * _score_bytes(tokens) // 2).view(-1, HALF.value)
     scores_blocks = TensorDescriptor.from_tensor(scores, [HALF.value] * 2, _operand(2))
     stats_blocks = TensorDescriptor.from_tensor(stats, [2 * HALF.value], STATS)
     key_blocks = _parts(k)
@@ -109,6 +109,12 @@ def backward(
             scores_blocks, *key_blocks, *_parts(grad_q),
             scale, first, count, heads, tokens, num_warps=4,
         )  # fmt: skip
+
+
+def _score_bytes(tokens: int) -> int:
+    """Of one head: BF16 tiles of 64 x 64, four in each block of 128 x 128 that is not hidden."""
+    blocks = triton.cdiv(tokens, ROWS.value)
+    return 2 * blocks * (blocks + 1) * 2 * HALF.value**2
 
 
 def _parts(x: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:

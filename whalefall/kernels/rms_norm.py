@@ -142,6 +142,7 @@ def _launch(
     rstd: Tensor | None,
     eps: float,
 ) -> None:
+    assert all(delta.numel() == x.numel() for delta in deltas)
     if not x.numel():
         return
     dim = x.shape[-1]

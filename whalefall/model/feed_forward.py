@@ -37,7 +37,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if suits_fp8_mlp(gate.recipe, down.in_features):
+        alike = gate.recipe == up.recipe == down.recipe
+        if alike and suits_fp8_mlp(gate.recipe, down.in_features):
             return fp8_mlp(x, gate.weight, up.weight, down.weight, self._casts, gate.recipe)
         if torch.is_grad_enabled() or gate.recipe is not None or gate.joint(up) is not None:
             return down(swiglu(gate.beside(up, x)))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whalefall.ops.function import call
@@ -63,11 +64,13 @@ def reference(
 
 
 def _goes_back_by_ours(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    if not torch.is_grad_enabled() or not torch.backends.cuda.cudnn_sdp_enabled():
+        return False
     from whalefall.kernels import attention_backward as kernel
 
     if not kernel.takes(q, k, v):
         return False
-    return torch.are_deterministic_algorithms_enabled() or kernel.is_fastest(q, v, mask)
+    return torch.are_deterministic_algorithms_enabled() or kernel.is_fastest(q, k, v, mask)
 
 
 class _OrderedAttention(torch.autograd.Function):
@@ -88,6 +91,7 @@ class _OrderedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from whalefall.kernels import attention_backward as kernel
 
@@ -107,10 +111,11 @@ class _BlockedAttention(torch.autograd.Function):
         # Scores and probabilities are FP32 at least, as in every fused kernel.
         wide = torch.promote_types(given, torch.float32)
         q, k, v = (x.reshape(batch * heads, *x.shape[2:]).to(wide) for x in (q, k, v))
+        q = q * scale  # fewer numbers than there are scores
         out = q.new_empty(batch * heads, queries, v.shape[-1])
         kept = []
         for block, seen in _blocks(queries, k.shape[1], causal=mask is None):
-            scores = torch.bmm(q[:, block], k[:, seen].transpose(1, 2)).mul_(scale)
+            scores = torch.bmm(q[:, block], k[:, seen].transpose(1, 2))
             if mask is None:
                 own = scores[:, :, block]  # the square on the diagonal
                 own.masked_fill_(torch.ones_like(own[0], dtype=torch.bool).triu_(1), -torch.inf)
@@ -140,7 +145,7 @@ class _BlockedAttention(torch.autograd.Function):
             grad_scores.sub_(drift[:, block]).mul_(probabilities)
             torch.bmm(grad_scores, k[:, seen], out=grad_q[:, block])
             grad_k[:, seen].baddbmm_(grad_scores.transpose(1, 2), q[:, block])
-        grads = (grad_q.mul_(ctx.scale), grad_k.mul_(ctx.scale), grad_v)
+        grads = (grad_q.mul_(ctx.scale), grad_k, grad_v)
         return *(x.unflatten(0, batch_heads).to(ctx.given) for x in grads), None, None
 
 

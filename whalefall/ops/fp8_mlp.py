@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from whalefall.ops.fp8_linear import Recipe, WeightCast, product, tensors_of, weight_product
 from whalefall.ops.function import call
@@ -93,7 +94,7 @@ class _Fp8Mlp(torch.autograd.Function):
     ) -> Tensor:
         power_of_two, columns = recipe.power_of_two, None
         keeps = any(ctx.needs_input_grad)
-        if keeps:
+        if any(ctx.needs_input_grad[8:]):
             rows, columns = quantize_both(x, ends, sources=row_tokens, power_of_two=power_of_two)
         else:
             rows = quantize_tiles(x, sources=row_tokens, power_of_two=power_of_two)
@@ -108,12 +109,17 @@ class _Fp8Mlp(torch.autograd.Function):
         return out if places is None else gather_sum(out, places)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ends, row_weights, places, row_tokens, *tiles = ctx.saved_tensors
-        kept, columns, power_of_two = Tiles(*tiles[:2]), Tiles(*tiles[2:]), ctx.power_of_two
-        rows, grad_columns = quantize_both(
-            grad, ends, sources=row_tokens, power_of_two=power_of_two
-        )
+        kept, power_of_two = Tiles(*tiles[:2]), ctx.power_of_two
+        grad_columns = None
+        if any(ctx.needs_input_grad[8:]):
+            rows, grad_columns = quantize_both(
+                grad, ends, sources=row_tokens, power_of_two=power_of_two
+            )
+        else:  # the weights are frozen
+            rows = quantize_tiles(grad, sources=row_tokens, power_of_two=power_of_two)
         rows, grad_gate_up, activated, grad_weights = swiglu_backward_tiles(
             product(rows, ctx.down, ends, grad.dtype),
             kept,
@@ -121,9 +127,13 @@ class _Fp8Mlp(torch.autograd.Function):
             ends,
             power_of_two=power_of_two,
         )
-        grad_x = product(rows, ctx.up, ends, grad.dtype)
-        if places is not None:
-            grad_x = gather_sum(grad_x, places)
-        grad_up = weight_product(grad_gate_up, columns, ends, ctx.dtype).chunk(ctx.parts)
-        grad_down = weight_product(grad_columns, activated, ends, ctx.dtype)
+        grad_x = grad_down = None
+        grad_up: Sequence[Tensor | None] = [None] * ctx.parts
+        if ctx.needs_input_grad[0]:
+            grad_x = product(rows, ctx.up, ends, grad.dtype)
+            grad_x = grad_x if places is None else gather_sum(grad_x, places)
+        if grad_columns is not None:
+            columns = Tiles(*tiles[2:])
+            grad_up = weight_product(grad_gate_up, columns, ends, ctx.dtype).chunk(ctx.parts)
+            grad_down = weight_product(grad_columns, activated, ends, ctx.dtype)
         return grad_x, None, grad_weights, None, None, None, None, None, grad_down, *grad_up

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from whalefall.ops.function import call
 
@@ -30,7 +31,7 @@ def grouped_weight_gradient(
     grad: Float[Tensor, "rows out"], x: Float[Tensor, "rows in"], ends: Int[Tensor, "groups"]
 ) -> Float[Tensor, "groups out in"]:
     """grad^T x over the rows of each group; zeros for an empty one."""
-    if _has_grouped_gemm(x, grad.shape[1]):
+    if _has_grouped_gemm(x, grad, grad.shape[1]):
         if _is_hopper(x):
             from whalefall.kernels import grouped_linear as kernel
 
@@ -62,6 +63,7 @@ class _GroupedLinear(torch.autograd.Function):
         return _product(x, weight, ends)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, ends = ctx.saved_tensors
         grad = grad.contiguous()  # grouped GEMMs take no other strides
@@ -75,7 +77,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x[i] weight[group of i]^T, without a copy of a weight that is a transpose."""
-    if _has_grouped_gemm(x, weight.shape[1]):
+    if _has_grouped_gemm(x, weight, weight.shape[1]):
         if _is_hopper(x):
             from whalefall.kernels import grouped_linear as kernel
 
@@ -92,9 +94,9 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-def _has_grouped_gemm(x: Tensor, out_features: int) -> bool:
+def _has_grouped_gemm(x: Tensor, other: Tensor, out_features: int) -> bool:
     aligned = x.shape[1] % 8 == 0 and out_features % 8 == 0
-    return x.is_cuda and x.dtype == torch.bfloat16 and aligned
+    return x.is_cuda and x.dtype == other.dtype == torch.bfloat16 and aligned
 
 
 def _is_hopper(x: Tensor) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from whalefall.ops import swiglu
 from whalefall.ops.permute import gather_sum
@@ -77,6 +78,7 @@ class _LoopedExperts(torch.autograd.Function):
         return gather_sum(rows, places)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, places, row_tokens, weights, gate_up, down, *kept = ctx.saved_tensors
         grad_rows, grad_weights = x.new_empty(sum(ctx.sizes), x.shape[1]), torch.zeros_like(weights)

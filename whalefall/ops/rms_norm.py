@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from whalefall.ops.function import call, runs_cpu_kernel, runs_kernel
 
@@ -88,6 +89,7 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * scale).mul_(weight).type_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         grad, x = grad.contiguous(), x.contiguous()
@@ -114,6 +116,7 @@ class _RMSNormKernel(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from whalefall.kernels import rms_norm as kernel
 
@@ -135,6 +138,7 @@ class _AddRMSNormKernel(torch.autograd.Function):
         return total, out, *(out.detach() for _ in range(uses - 1))
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, grad_sum: Tensor | None, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -156,5 +160,6 @@ class _AddUpKernel(torch.autograd.Function):
         return kernel.add(residual, deltas)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return tuple(grad.to(dtype) for dtype in ctx.types)
