@@ -70,7 +70,7 @@ class _LoopedExperts(torch.autograd.Function):
         by_row, by_expert = (row_tokens, weights, rows), (gate_up, down)
         for tokens, shares, out, own_up, own_down in _each(sizes, by_row, by_expert):
             joint = x.index_select(0, tokens) @ own_up.T
-            activated = swiglu._forward(joint, shares)
+            activated = swiglu.forward(joint, shares)
             torch.mm(activated, own_down.T, out=out)
             kept += [joint, activated]
         ctx.sizes = sizes
@@ -90,7 +90,7 @@ class _LoopedExperts(torch.autograd.Function):
             own_up, own_down, out_up, out_down = own
             grad_own = grad.index_select(0, tokens)
             torch.mm(grad_own.T, activated, out=out_down)
-            grad_joint, grad_shares = swiglu._backward(grad_own @ own_down, joint, shares)
+            grad_joint, grad_shares = swiglu.backward(grad_own @ own_down, joint, shares)
             assert grad_shares is not None  # because there are shares
             out_shares.copy_(grad_shares)
             torch.mm(grad_joint.T, x.index_select(0, tokens), out=out_up)

@@ -57,7 +57,7 @@ def swiglu_tiles(
         out, kept = kernel.forward(gate_up, weights, keep, power_of_two)
         return Tiles(*out), None if kept is None else Tiles(*kept)
     return (
-        quantize_tiles(_forward(gate_up, weights), power_of_two=power_of_two),
+        quantize_tiles(forward(gate_up, weights), power_of_two=power_of_two),
         quantize_tiles(gate_up, power_of_two=power_of_two) if keep else None,
     )
 
@@ -90,8 +90,8 @@ def swiglu_backward_tiles(
         straight, turned, out = (Tiles(*pair) for pair in tiles)
         return straight, turned, out, grad_weights
     gate_up = dequantize(kept, torch.promote_types(grad.dtype, torch.float32))
-    grad_gate_up, grad_weights = _backward(grad.to(gate_up.dtype), gate_up, weights)
-    grad_gate_up, activated = grad_gate_up.to(grad.dtype), _forward(gate_up, weights).to(grad.dtype)
+    grad_gate_up, grad_weights = backward(grad.to(gate_up.dtype), gate_up, weights)
+    grad_gate_up, activated = grad_gate_up.to(grad.dtype), forward(gate_up, weights).to(grad.dtype)
     straight, turned = quantize_both(grad_gate_up, ends, power_of_two=power_of_two)
     out = quantize_transposed(activated, ends, power_of_two=power_of_two)
     return straight, turned, out, grad_weights
@@ -118,14 +118,15 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, weights: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up, weights)
-        return _forward(gate_up, weights)
+        return forward(gate_up, weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        return _backward(grad, *ctx.saved_tensors)
+        return backward(grad, *ctx.saved_tensors)
 
 
-def _forward(gate_up: Tensor, weights: Tensor | None) -> Tensor:
+def forward(gate_up: Tensor, weights: Tensor | None) -> Tensor:
+    """``swiglu`` within an operation that has a backward pass of its own."""
     if runs_kernel(gate_up):
         from whalefall.kernels import swiglu as kernel
 
@@ -135,9 +136,8 @@ def _forward(gate_up: Tensor, weights: Tensor | None) -> Tensor:
     return out if weights is None else out.mul_(weights.unsqueeze(1))
 
 
-def _backward(
-    grad: Tensor, gate_up: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients of ``gate_up`` and of the weights, for such an operation."""
     if runs_kernel(grad, gate_up):
         from whalefall.kernels import swiglu as kernel
 
