@@ -59,7 +59,7 @@ ROWWISE = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0]))
 
 
 @gluon.jit
-def play(walk: gl.constexpr, problem, sources, scale_strides, out, cols):
+def play(walk: gl.constexpr, problem, sources, scale_strides, out, cols, squares=None):
     """Starts the roles. All of them walk alike: their n-th steps and tiles are the same.
 
     ``walk(role, means, problem)`` calls ``role(means, tall, source, target, span)`` for each tile:
@@ -70,7 +70,9 @@ def play(walk: gl.constexpr, problem, sources, scale_strides, out, cols):
     * ``span``: the first step, how many, and how many steps and tiles were before.
 
     ``scale_strides``: of A's scales from step to step; of B's from step to step and from block to
-    block.
+    block. ``squares``: 64 places a block, those of a tile beside each other, for what the squares
+    of its rows r and r + 64 add up to, if that is wanted; it counts what is outside of the output,
+    too, which must be zeros then.
     """
     a, a_scales, _, b_scales = sources
     # Stage s has at 3 s what both blocks are made of, at 3 s + 1 and 3 s + 2 their own operands.
@@ -83,8 +85,8 @@ def play(walk: gl.constexpr, problem, sources, scale_strides, out, cols):
     fence_async_shared()  # the copy engine must see the barriers, too
     gl.warp_specialize(
         [
-            (_multiply, (walk, problem, ring, shelf, out, cols, 0)),
-            (_multiply, (walk, problem, ring, shelf, out, cols, 1)),
+            (_multiply, (walk, problem, ring, shelf, out, cols, squares, 0)),
+            (_multiply, (walk, problem, ring, shelf, out, cols, squares, 1)),
             (_load, (walk, problem, ring, sources, scale_strides)),
             (_store, (walk, problem, shelf, out, cols, 0)),
             (_store, (walk, problem, shelf, out, cols, 1)),
@@ -151,8 +153,8 @@ def _load(walk: gl.constexpr, problem, ring, sources, scale_strides):
 
 
 @gluon.jit
-def _multiply(walk: gl.constexpr, problem, ring, shelf, out, cols, side):
-    walk(_multiply_tile, (ring, shelf, out, cols, side), problem)
+def _multiply(walk: gl.constexpr, problem, ring, shelf, out, cols, squares, side):
+    walk(_multiply_tile, (ring, shelf, out, cols, squares, side), problem)
 
 
 @gluon.jit
@@ -198,8 +200,8 @@ def _load_tile(means, tall, source, target, span):
 
 @gluon.jit
 def _multiply_tile(means, tall, source, target, span):
-    ring, shelf, out, cols, _ = means
-    side: gl.constexpr = means[4]
+    ring, shelf, out, cols, squares, _ = means
+    side: gl.constexpr = means[5]
     operands, a_scale_ring, b_scale_ring, ready, empty = ring
     row, col, out_from, out_to = target
     first_step, steps, done, tiles = span
@@ -235,6 +237,10 @@ def _multiply_tile(means, tall, source, target, span):
         partial, upper = warpgroup_mma_wait(deps=[partial, upper])
         mbarrier.arrive(empty.index(stage))
         lower += partial * b_scale * lower_scale[:, None]
+    if squares is not None:
+        block = 2 * (gl.program_id(0) + tiles * gl.num_programs(0)) + side
+        places = squares + block * HALF + gl.arange(0, HALF, layout=OF_ROWS)
+        gl.store(places, gl.sum(upper * upper + lower * lower, 1))
     if out.dtype.element_ty == gl.float32:
         down, across = _offset(side, tall)
         row += down

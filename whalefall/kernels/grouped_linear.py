@@ -63,25 +63,36 @@ def linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         return out
     turned = weight.mT.is_contiguous()
     b = _matrices(weight.mT if turned else weight.contiguous())
-    _launch(x, b, ends, _rows_of_groups(out), "dgrad" if turned else "fprop")
+    _launch(x, b, ends, _rows_of_groups(out), None, "dgrad" if turned else "fprop")
     return out
 
 
-def weight_gradient(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    """grad^T x over the rows of each group: [groups, out, in]; zeros for an empty group."""
-    out = x.new_empty(len(ends), grad.shape[1], x.shape[1])
+def weight_gradient(grad: Tensor, x: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """grad^T x over the rows of each group: [groups, out, in]; zeros for an empty group.
+
+    And what their squares add up to before they are rounded: FP32 [parts].
+    """
+    groups, rows, cols = len(ends), grad.shape[1], x.shape[1]
+    out = x.new_empty(groups, rows, cols)
+    tiles = groups * -(-rows // SHORT.value) * -(-cols // LONG.value)  # at most
+    squares = x.new_zeros(2 * tiles * PIECE.value, dtype=torch.float32)
     if not len(x):
-        return out.zero_()
-    _launch(grad, _rows_of_groups(x.contiguous()), ends, _matrices(out), "wgrad")
-    return out
+        return out.zero_(), squares
+    _launch(grad, _rows_of_groups(x.contiguous()), ends, _matrices(out), squares, "wgrad")
+    return out, squares
 
 
 def _launch(
-    a: Tensor, b: TensorDescriptor, ends: Tensor, out: TensorDescriptor, product: str
+    a: Tensor,
+    b: TensorDescriptor,
+    ends: Tensor,
+    out: TensorDescriptor,
+    squares: Tensor | None,
+    product: str,
 ) -> None:
     programs = (torch.cuda.get_device_properties(a.device).multi_processor_count,)
     rows = _rows_of_groups(a.contiguous())
-    _grouped_linear_kernel[programs](rows, b, ends, out, len(ends), product, num_warps=4)
+    _grouped_linear_kernel[programs](rows, b, ends, out, squares, len(ends), product, num_warps=4)
 
 
 def _matrices(x: Tensor) -> TensorDescriptor:
@@ -112,7 +123,7 @@ def _operand(rank: int) -> gl.NVMMASharedLayout:
 
 
 @gluon.jit(do_not_specialize=["groups"])
-def _grouped_linear_kernel(a, b, ends, out, groups, PRODUCT: gl.constexpr):
+def _grouped_linear_kernel(a, b, ends, out, squares, groups, PRODUCT: gl.constexpr):
     pairs = gl.allocate_shared_memory(a.dtype, [2 * STAGES, PIECE, PIECE], _operand(2))
     quads = gl.allocate_shared_memory(a.dtype, [4 * (STAGES + 1), PIECE, PIECE], _operand(2))
     ring = (pairs, quads, _barriers(STAGES, 1), _barriers(STAGES, 2))
@@ -121,8 +132,8 @@ def _grouped_linear_kernel(a, b, ends, out, groups, PRODUCT: gl.constexpr):
     problem = (ends, groups, a.shape[3], out.shape[len(out.block_shape) - 1])
     gl.warp_specialize(
         [
-            (_walk, (gl.constexpr(_multiply_tile), (ring, shelf, 0), problem, PRODUCT)),
-            (_walk, (gl.constexpr(_multiply_tile), (ring, shelf, 1), problem, PRODUCT)),
+            (_walk, (gl.constexpr(_multiply_tile), (ring, shelf, squares, 0), problem, PRODUCT)),
+            (_walk, (gl.constexpr(_multiply_tile), (ring, shelf, squares, 1), problem, PRODUCT)),
             (_walk, (gl.constexpr(_load_tile), (ring, a, b), problem, PRODUCT)),
             (_walk, (gl.constexpr(_store_tile), (ring, shelf, out), problem, PRODUCT)),
         ],
@@ -227,7 +238,7 @@ def _box(tensor, tokens, row, col):
 
 @gluon.jit
 def _multiply_tile(means, tokens, place, span, PRODUCT: gl.constexpr):
-    ring, shelf, side = means
+    ring, shelf, squares, side = means
     _, _, ready, empty = ring
     full, free = shelf
     row, _, rows, tall = place
@@ -238,17 +249,17 @@ def _multiply_tile(means, tokens, place, span, PRODUCT: gl.constexpr):
             mbarrier.arrive(empty.index(use % STAGES))
         _wait_for_quad(ready, free, span)
     elif tall:
-        _multiply_half(ring, free, side, span, True, PRODUCT)
+        _multiply_half(ring, free, squares, side, span, True, PRODUCT)
     else:
-        _multiply_half(ring, free, side, span, False, PRODUCT)
+        _multiply_half(ring, free, squares, side, span, False, PRODUCT)
     mbarrier.arrive(full.index(0))
 
 
 @gluon.jit
-def _multiply_half(ring, free, side, span, TALL: gl.constexpr, PRODUCT: gl.constexpr):
+def _multiply_half(ring, free, squares, side, span, TALL: gl.constexpr, PRODUCT: gl.constexpr):
     """64 rows; of a tall tile 128, in two products that share B."""
     pairs, quads, ready, empty = ring
-    done, last, _ = span
+    done, last, tiles = span
     cols: gl.constexpr = SHORT if TALL else LONG
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cols, 16])
     upper = gl.zeros([PIECE, cols], gl.float32, layout)
@@ -271,6 +282,10 @@ def _multiply_half(ring, free, side, span, TALL: gl.constexpr, PRODUCT: gl.const
         mbarrier.arrive(empty.index((use + STAGES - 1) % STAGES), pred=use > done)
     upper, lower = hopper.warpgroup_mma_wait(0, deps=[upper, lower])
     mbarrier.arrive(empty.index((last + STAGES - 1) % STAGES), pred=last > done)
+    if squares is not None:
+        half = 2 * (gl.program_id(0) + tiles * gl.num_programs(0)) + side
+        places = squares + half * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, layout))
+        gl.store(places, gl.sum(upper * upper + lower * lower, 1))
     _wait_for_quad(ready, free, span)
     quad = STAGES if side == 0 else last % STAGES
     if TALL:

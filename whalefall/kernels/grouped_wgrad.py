@@ -12,22 +12,26 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from whalefall.kernels import gemm_tiles
-from whalefall.kernels.gemm_tiles import BLOCK, OPERANDS, SCALES
+from whalefall.kernels.gemm_tiles import BLOCK, HALF, OPERANDS, SCALES
 
 
 def grouped_wgrad(
     a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], ends: Tensor, dtype: torch.dtype
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """a b^T over the tokens of each group: [groups, rows, cols].
 
     Of a [rows, padded] and b [cols, padded], values and scales in 1x128 tiles; ``rows`` and
     ``cols`` are multiples of 16. The tokens of group g begin at 128 * sum over h < g of
     ceil(size_h / 128). Empty groups give zeros.
+
+    And what their squares add up to before they are rounded: FP32 [parts]. What a block has outside
+    of the result are zeros, which take finite scales: those of padding, too.
     """
     (a_values, a_scales), (b_values, b_scales) = a, b
     groups, rows, cols = len(ends), len(a_values), len(b_values)
     out = a_values.new_empty(groups, rows, cols, dtype=dtype)
-    tiles = groups * -(-rows // 128) * -(-cols // 256)
+    tiles = groups * -(-rows // 128) * -(-cols // 256)  # at most
+    squares = a_scales.new_zeros(2 * tiles * HALF.value)
     processors = torch.cuda.get_device_properties(out.device).multi_processor_count
     # Scales are copied from flat tensors: the rows of others must be whole 16 bytes.
     _grouped_wgrad_kernel[(min(tiles, processors),)](
@@ -35,17 +39,17 @@ def grouped_wgrad(
         TensorDescriptor.from_tensor(a_scales.flatten(), [128], SCALES),
         TensorDescriptor.from_tensor(b_values, [128, 128], OPERANDS),
         TensorDescriptor.from_tensor(b_scales.flatten(), [128], SCALES),
-        ends, out, groups, rows, cols,
+        ends, out, squares, groups, rows, cols,
         num_warps=4,
     )  # fmt: skip
-    return out
+    return out, squares
 
 
 @gluon.jit(do_not_specialize=["groups", "rows"])
-def _grouped_wgrad_kernel(a, a_scales, b, b_scales, ends, out, groups, rows, cols):
+def _grouped_wgrad_kernel(a, a_scales, b, b_scales, ends, out, squares, groups, rows, cols):
     sources = (a, a_scales, b, b_scales)
     strides = (rows, cols, BLOCK)
-    gemm_tiles.play(_walk, (ends, groups, rows, cols), sources, strides, out, cols)
+    gemm_tiles.play(_walk, (ends, groups, rows, cols), sources, strides, out, cols, squares)
 
 
 @gluon.jit

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from whalefall.ops.function import runs_kernel
 from whalefall.ops.halves import join, split
+from whalefall.ops.squares import kept_squares
 
 CHUNK = 2**26
 """Numbers that are widened at a time; four FP32 copies of them, at most, are 1 GiB."""
@@ -112,18 +114,27 @@ def reference(
 
 @torch.no_grad()
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of all tensors together: a scalar on their device, FP32 for lower precisions."""
+    """The L2 norm of all tensors together: a scalar on their device, FP32 for lower precisions.
+
+    Partial sums are added in a fixed order: the same tensors have the same norm to the last bit. A
+    tensor that its maker has left these with (``squares``) is not read.
+    """
     if not tensors:
         return torch.zeros(())
-    if runs_kernel(*tensors):
+    return torch.cat([_squares(x) for x in tensors]).sum().sqrt()
+
+
+def _squares(x: Tensor) -> Float[Tensor, "parts"]:
+    """What the squares of x add up to, in parts: as left with it, or in a pass over x."""
+    kept = kept_squares(x)
+    if kept is not None:
+        return kept
+    if runs_kernel(x):
         from whalefall.kernels import adamw as kernel
 
-        return kernel.norm(tensors)
-    norms = [
-        torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
-        for x in tensors
-    ]
-    return torch.linalg.vector_norm(torch.stack(norms))
+        return kernel.sums_of_squares(x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dtype=wide).square().view(1)
 
 
 def _chunks(*tensors: Sequence[Any]) -> Iterator[list[tuple[Any, ...]]]:

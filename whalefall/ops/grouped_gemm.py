@@ -11,6 +11,7 @@ from torch import Tensor
 
 from whalefall.ops.gemm import check_sizes
 from whalefall.ops.quantize import TILE, Blocks, Tiles, dequantize
+from whalefall.ops.squares import keep_squares
 
 
 def grouped_gemm(
@@ -43,7 +44,10 @@ def grouped_gemm_wgrad(
         return reference_wgrad(a, b, ends, dtype)
     from whalefall.kernels import grouped_wgrad as kernel
 
-    return kernel.grouped_wgrad((a.values, a.scales), (b.values, b.scales), ends, dtype)
+    operands = (a.values, a.scales), (b.values, b.scales)
+    gradient, squares = kernel.grouped_wgrad(*operands, ends, dtype)
+    keep_squares(gradient, squares)
+    return gradient
 
 
 def reference(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from whalefall.ops.function import call
+from whalefall.ops.squares import keep_squares
 
 
 def grouped_linear(
@@ -35,7 +36,9 @@ def grouped_weight_gradient(
         if _is_hopper(x):
             from whalefall.kernels import grouped_linear as kernel
 
-            return kernel.weight_gradient(grad, x, ends)
+            gradient, squares = kernel.weight_gradient(grad, x, ends)
+            keep_squares(gradient, squares)
+            return gradient
         return F.grouped_mm(grad.T, x, offs=ends)
     out = x.new_zeros(len(ends), grad.shape[1], x.shape[1])
     for group, start, end in _non_empty(ends):
