@@ -100,59 +100,78 @@ class _OrderedAttention(torch.autograd.Function):
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """Keeps the probabilities of each block of queries for the backward pass."""
+    """Keeps the probabilities of each block of queries for the backward pass.
+
+    The library multiplies many matrices at once only into a tensor that is contiguous: a block's
+    products are tensors of their own, and laid or added where they belong afterwards.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
     ) -> Tensor:
-        batch, heads, queries, _ = q.shape
-        given = q.dtype
+        by_head, given = q.shape[:2], q.dtype
         # Scores and probabilities are FP32 at least, as in every fused kernel.
         wide = torch.promote_types(given, torch.float32)
-        q, k, v = (x.reshape(batch * heads, *x.shape[2:]).to(wide) for x in (q, k, v))
+        q, k, v = (x.flatten(0, 1).to(wide) for x in (q, k, v))
         q = q * scale  # fewer numbers than there are scores
-        out = q.new_empty(batch * heads, queries, v.shape[-1])
+        out = _by_token(q, by_head, v.shape[-1])
         kept = []
-        for block, seen in _blocks(queries, k.shape[1], causal=mask is None):
+        for block, seen in _blocks(q.shape[1], k.shape[1], causal=mask is None):
             scores = torch.bmm(q[:, block], k[:, seen].transpose(1, 2))
             if mask is None:
                 own = scores[:, :, block]  # the square on the diagonal
                 own.masked_fill_(torch.ones_like(own[0], dtype=torch.bool).triu_(1), -torch.inf)
             else:
-                by_head = scores.view(batch, heads, -1, k.shape[1])
-                by_head.masked_fill_(~mask[:, :, block], -torch.inf)
+                scores.unflatten(0, by_head).masked_fill_(~mask[:, :, block], -torch.inf)
             probabilities = scores.softmax(-1)
-            torch.bmm(probabilities, v[:, seen], out=out[:, block])
+            out[:, :, block] = torch.bmm(probabilities, v[:, seen]).unflatten(0, by_head)
             kept.append(probabilities)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(q, k, v, out, *kept)
+            ctx.save_for_backward(q, k, v, *kept)
         ctx.scale, ctx.causal = scale, mask is None
         ctx.given = given
-        return out.unflatten(0, (batch, heads)).to(given)
+        return out.to(given)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *kept = ctx.saved_tensors
-        batch_heads = grad.shape[:2]
-        grad = grad.reshape(out.shape).to(out.dtype)
-        drift = (grad * out).sum(-1, keepdim=True)
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        q, k, v, *kept = ctx.saved_tensors
+        by_head = grad.shape[:2]
+        grad = grad.flatten(0, 1).to(q.dtype)
+        grad_q, of_k, of_v = _by_token(q, by_head, q.shape[-1]), [], []
         blocks = _blocks(q.shape[1], k.shape[1], causal=ctx.causal)
-        for (block, seen), probabilities in zip(blocks, kept, strict=True):
-            grad_v[:, seen].baddbmm_(probabilities.transpose(1, 2), grad[:, block])
-            grad_scores = torch.bmm(grad[:, block], v[:, seen].transpose(1, 2))
-            grad_scores.sub_(drift[:, block]).mul_(probabilities)
-            torch.bmm(grad_scores, k[:, seen], out=grad_q[:, block])
-            grad_k[:, seen].baddbmm_(grad_scores.transpose(1, 2), q[:, block])
-        grads = (grad_q.mul_(ctx.scale), grad_k, grad_v)
-        return *(x.unflatten(0, batch_heads).to(ctx.given) for x in grads), None, None
+        # From the last, which sees all the keys.
+        for (block, seen), probabilities in reversed(list(zip(blocks, kept, strict=True))):
+            of_v.append(torch.bmm(probabilities.transpose(1, 2), grad[:, block]))
+            grad_scores = torch.ops.aten._softmax_backward_data(
+                torch.bmm(grad[:, block], v[:, seen].transpose(1, 2)), probabilities, -1, q.dtype
+            )
+            own = torch.bmm(grad_scores, k[:, seen]).unflatten(0, by_head)
+            torch.mul(own, ctx.scale, out=grad_q[:, :, block])
+            of_k.append(torch.bmm(grad_scores.transpose(1, 2), q[:, block]))
+        grads = grad_q, *(_total(parts).unflatten(0, by_head) for parts in (of_k, of_v))
+        return *(x.to(ctx.given) for x in grads), None, None
+
+
+def _by_token(like: Tensor, by_head: torch.Size, width: int) -> Tensor:
+    """Empty [batch, heads, queries, width] in the memory of [batch, queries, heads, width]."""
+    batch, heads = by_head
+    return like.new_empty(batch, like.shape[1], heads, width).transpose(1, 2)
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    """The sum of what blocks give to their first keys, of which the first block's are all."""
+    total, *others = parts
+    for part in others:
+        total[:, : part.shape[1]] += part
+    return total
 
 
 def _blocks(queries: int, keys: int, *, causal: bool) -> list[tuple[slice, slice]]:
     """Slices of queries, each with the slice of keys that any of them sees."""
     blocks = []
-    for start in range(0, queries, QUERY_BLOCK):
+    for start in range(0, max(queries, 1), QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, queries)
         blocks.append((slice(start, stop), slice(0, stop if causal else keys)))
     return blocks

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from whalefall.ops.function import runs_kernel
+from whalefall.ops.onednn import product
 
 IGNORED = -100
 """Target of a position that has none."""
@@ -73,14 +74,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + rows)
             x = hidden[chunk]
             grad = _nll_and_gradient(
-                x @ head.T,
+                product(x, head),
                 targets[chunk],
                 token_weights[chunk],
                 nll[chunk],
                 with_gradient=needs_hidden or needs_head,
             )
             if grad_hidden is not None:
-                torch.mm(grad, head, out=grad_hidden[chunk])
+                grad_hidden[chunk] = product(grad, head.T)
             if grad_head is not None:
                 _add_product_(grad_head, grad.T, x)
         ctx.grads = (grad_hidden, grad_head)
