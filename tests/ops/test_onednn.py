@@ -59,6 +59,18 @@ def test_a_linear_layer_in_training_has_three_products_of_which_it_makes_two(
         assert (own - other).norm() <= 1e-6 * other.norm()
 
 
+@pytest.mark.parametrize(
+    "x",
+    [torch.randn(512, 300).T, torch.randn(300, 1024)[:, ::2], torch.randn(1, 512).expand(300, 512)],
+    ids=["turned", "every other number", "one row again and again"],
+)
+def test_rows_may_lie_anyhow(taken: list[Tensor], x: Tensor) -> None:
+    weight = torch.randn(320, 512)
+    right = x.double() @ weight.double().T
+    assert (product(x, weight) - right).norm() <= 1e-6 * right.norm()
+    assert len(taken) == 1
+
+
 def test_a_frozen_weight_or_input_gets_no_gradient(taken: list[Tensor]) -> None:
     x, weight = torch.randn(300, 512), torch.randn(320, 512, requires_grad=True)
     linear(x, weight).sum().backward()
