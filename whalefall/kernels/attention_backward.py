@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from whalefall.kernels import attention_backward_hopper
+from whalefall.kernels.device import is_hopper
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 HEADS_TOGETHER = tl.constexpr(8)  # with 4096 rows, 21 MB that their programs read again from L2
@@ -31,7 +32,7 @@ HEADS_TOGETHER = tl.constexpr(8)  # with 4096 rows, 21 MB that their programs re
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether both passes are for these: cuDNN's forward needs two keys, the backward Hopper."""
     return (
-        torch.cuda.get_device_capability(q.device)[0] == 9
+        is_hopper(q.device)
         and all(x.dtype == torch.bfloat16 for x in (q, k, v))
         and q.shape[-1] in range(32, 257, 16)
         and v.shape[-1] in range(16, 257, 16)

@@ -42,6 +42,8 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 from triton.experimental.gluon.language.nvidia.hopper.tma import store_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from whalefall.kernels.barriers import barriers
+
 MEMORY = 5 * 2**28  # bytes of scores' gradients
 HALF = gl.constexpr(64)  # rows of a warpgroup, and of a step
 ROWS = gl.constexpr(128)  # of a program
@@ -177,8 +179,8 @@ def _grad_kv_kernel(
     grad_ring = gl.allocate_shared_memory(q.dtype, [GRAD_KV_STAGES, HALF, VALUES], _operand(2))
     stats_ring = gl.allocate_shared_memory(gl.float32, [GRAD_KV_STAGES, 2 * HALF], stats.layout)
     tiles = gl.allocate_shared_memory(q.dtype, [2, HALF, HALF], _operand(2))
-    own_ready = _barriers(1, 1).index(0)
-    ready, empty = _barriers(GRAD_KV_STAGES, 1), _barriers(GRAD_KV_STAGES, 2)
+    own_ready = barriers(1, 1).index(0)
+    ready, empty = barriers(GRAD_KV_STAGES, 1), barriers(GRAD_KV_STAGES, 2)
     fence_async_shared()  # the copy engine must see the barriers, too
 
     own = (own_k, own_k_rest, own_v, own_ready)
@@ -289,7 +291,7 @@ def _grad_q_kernel(scores, k, k_rest, grad_q, grad_q_rest, scale, first, rows, h
     k_rest_ring = gl.allocate_shared_memory(k.dtype, [GRAD_Q_STAGES, HALF, REST], _operand(2))
     own_q = gl.allocate_shared_memory(k.dtype, [2, HALF, WIDE], _operand(2))
     own_q_rest = gl.allocate_shared_memory(k.dtype, [2, HALF, REST], _operand(2))
-    ready, empty = _barriers(GRAD_Q_STAGES, 1), _barriers(GRAD_Q_STAGES, 2)
+    ready, empty = barriers(GRAD_Q_STAGES, 1), barriers(GRAD_Q_STAGES, 2)
     fence_async_shared()  # the copy engine must see the barriers, too
 
     ring = (tiles, k_ring, k_rest_ring, ready, empty)
@@ -362,14 +364,6 @@ def _first_tile(row, key_block, query_block, blocks):
     """Of a block's four: of the first 64 queries those with 64 and 64 keys, then of the others."""
     before = key_block * blocks - key_block * (key_block - 1) // 2
     return 4 * (row * (blocks * (blocks + 1) // 2) + before + query_block - key_block)
-
-
-@gluon.jit
-def _barriers(number: gl.constexpr, count: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(number):
-        mbarrier.init(barriers.index(i), count=count)
-    return barriers
 
 
 @gluon.jit

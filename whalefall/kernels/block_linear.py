@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from whalefall.kernels.device import multiprocessors
 from whalefall.kernels.few_rows import BLOCK, numbers, to_bf16
-from whalefall.kernels.latent_schedule import multiprocessors
 
 _SLICES = 8
 _SLICE = 64  # numbers of a step

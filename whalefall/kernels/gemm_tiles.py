@@ -41,6 +41,8 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
     async_copy_global_to_shared as tma_load,
 )
 
+from whalefall.kernels.barriers import barriers
+
 BLOCK = gl.constexpr(128)  # rows and columns of a warpgroup's sums, and a step of the contraction
 HALF = gl.constexpr(64)  # rows of one instruction of the tensor core
 STAGES = gl.constexpr(3)  # of 48 KiB of operands each; two blocks in BF16 take 64 KiB of 227
@@ -79,7 +81,7 @@ def play(walk: gl.constexpr, problem, sources, scale_strides, out, cols, squares
     operands = gl.allocate_shared_memory(a.dtype, [3 * STAGES, BLOCK, BLOCK], a.layout)
     a_scale_ring = _scale_ring(a_scales)
     b_scale_ring = _scale_ring(b_scales)
-    ring = (operands, a_scale_ring, b_scale_ring, _barriers(STAGES, 1), _barriers(STAGES, 2))
+    ring = (operands, a_scale_ring, b_scale_ring, barriers(STAGES, 1), barriers(STAGES, 2))
     # Blocks in FP32 are too large for shared memory: the multipliers store.
     shelf = () if out.dtype.element_ty == gl.float32 else _shelf(out)
     fence_async_shared()  # the copy engine must see the barriers, too
@@ -134,17 +136,9 @@ def _scale_ring(source):
 
 
 @gluon.jit
-def _barriers(number: gl.constexpr, count: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(number):
-        mbarrier.init(barriers.index(i), count=count)
-    return barriers
-
-
-@gluon.jit
 def _shelf(out):
     blocks = gl.allocate_shared_memory(out.dtype.element_ty, [4, HALF, BLOCK], STAGED)
-    return blocks, _barriers(2, 1), _barriers(2, 1)
+    return blocks, barriers(2, 1), barriers(2, 1)
 
 
 @gluon.jit

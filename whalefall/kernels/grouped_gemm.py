@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from whalefall.kernels import gemm_tiles
+from whalefall.kernels.device import multiprocessors
 from whalefall.kernels.gemm_tiles import BLOCK, OPERANDS, SCALES, STEPS
 
 
@@ -31,9 +32,8 @@ def forward(
         return out
     # The copy engine reads a step's scales from multiples of 16 bytes only.
     a_scales = F.pad(a_scales, (0, -rows % 4)) if rows % 4 else a_scales
-    processors = torch.cuda.get_device_properties(out.device).multi_processor_count
     tiles = (rows // 128 + 2 * groups) * -(-cols // 256)  # at most
-    _grouped_gemm_kernel[(min(tiles, processors),)](
+    _grouped_gemm_kernel[(min(tiles, multiprocessors(out.device)),)](
         TensorDescriptor.from_tensor(a_values, [128, 128], OPERANDS),
         TensorDescriptor.from_tensor(a_scales.flatten(), [128], SCALES),
         TensorDescriptor.from_tensor(b_values.flatten(0, 1), [128, 128], OPERANDS),

@@ -44,6 +44,9 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from whalefall.kernels.barriers import barriers
+from whalefall.kernels.device import multiprocessors
+
 PIECE = gl.constexpr(64)  # 128 bytes, the widest swizzle; also an instruction's rows, and a step
 SHORT = gl.constexpr(128)  # rows of a tile, columns of a tall one
 LONG = gl.constexpr(256)
@@ -90,7 +93,7 @@ def _launch(
     squares: Tensor | None,
     product: str,
 ) -> None:
-    programs = (torch.cuda.get_device_properties(a.device).multi_processor_count,)
+    programs = (multiprocessors(a.device),)
     rows = _rows_of_groups(a.contiguous())
     _grouped_linear_kernel[programs](rows, b, ends, out, squares, len(ends), product, num_warps=4)
 
@@ -126,8 +129,8 @@ def _operand(rank: int) -> gl.NVMMASharedLayout:
 def _grouped_linear_kernel(a, b, ends, out, squares, groups, PRODUCT: gl.constexpr):
     pairs = gl.allocate_shared_memory(a.dtype, [2 * STAGES, PIECE, PIECE], _operand(2))
     quads = gl.allocate_shared_memory(a.dtype, [4 * (STAGES + 1), PIECE, PIECE], _operand(2))
-    ring = (pairs, quads, _barriers(STAGES, 1), _barriers(STAGES, 2))
-    shelf = (_barriers(1, 2), _barriers(1, 1))
+    ring = (pairs, quads, barriers(STAGES, 1), barriers(STAGES, 2))
+    shelf = (barriers(1, 2), barriers(1, 1))
     hopper.fence_async_shared()  # the copy engine must see the barriers, too
     problem = (ends, groups, a.shape[3], out.shape[len(out.block_shape) - 1])
     gl.warp_specialize(
@@ -141,14 +144,6 @@ def _grouped_linear_kernel(a, b, ends, out, squares, groups, PRODUCT: gl.constex
         # The first role has what these leave of 504, which is 232: the last two share their 40.
         worker_num_regs=[232, 40, 40],
     )
-
-
-@gluon.jit
-def _barriers(number: gl.constexpr, count: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(number):
-        mbarrier.init(barriers.index(i), count=count)
-    return barriers
 
 
 @gluon.jit

@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from whalefall.kernels import gemm_tiles
+from whalefall.kernels.device import multiprocessors
 from whalefall.kernels.gemm_tiles import BLOCK, HALF, OPERANDS, SCALES
 
 
@@ -32,9 +33,8 @@ def grouped_wgrad(
     out = a_values.new_empty(groups, rows, cols, dtype=dtype)
     tiles = groups * -(-rows // 128) * -(-cols // 256)  # at most
     squares = a_scales.new_zeros(2 * tiles * HALF.value)
-    processors = torch.cuda.get_device_properties(out.device).multi_processor_count
     # Scales are copied from flat tensors: the rows of others must be whole 16 bytes.
-    _grouped_wgrad_kernel[(min(tiles, processors),)](
+    _grouped_wgrad_kernel[(min(tiles, multiprocessors(out.device)),)](
         TensorDescriptor.from_tensor(a_values, [128, 128], OPERANDS),
         TensorDescriptor.from_tensor(a_scales.flatten(), [128], SCALES),
         TensorDescriptor.from_tensor(b_values, [128, 128], OPERANDS),

@@ -38,6 +38,9 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from whalefall.kernels.barriers import barriers
+from whalefall.kernels.device import is_hopper
+
 PAGE = gl.constexpr(64)
 QUERIES = gl.constexpr(64)  # rows of one instruction of the tensor core
 HALF = gl.constexpr(256)  # values of a mixer
@@ -61,7 +64,7 @@ def takes(store: Tensor, latent: int, value_dim: int) -> bool:
     return (
         store.dtype == torch.bfloat16
         and (latent, value_dim) == (LATENT.value, VALUES.value)
-        and torch.cuda.get_device_capability(store.device)[0] == 9
+        and is_hopper(store.device)
     )
 
 
@@ -103,9 +106,9 @@ def _latent_attention_kernel(
     factors = gl.allocate_shared_memory(gl.float32, [STAGES, QUERIES], VECTOR)
     sums = gl.allocate_shared_memory(gl.float32, [QUERIES], VECTOR)
 
-    ready, weighed, empty = _barriers(3 * STAGES, 1), _barriers(STAGES, 1), _barriers(STAGES, 2)
-    q_ready, q_empty = _barriers(1, 1).index(0), _barriers(1, 1).index(0)
-    summed, sums_empty = _barriers(1, 1).index(0), _barriers(1, 2).index(0)
+    ready, weighed, empty = barriers(3 * STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2)
+    q_ready, q_empty = barriers(1, 1).index(0), barriers(1, 1).index(0)
+    summed, sums_empty = barriers(1, 1).index(0), barriers(1, 2).index(0)
     fence_async_shared()  # the copy engine must see the barriers, too
 
     problem = (lengths, plan, queries, width, max_pages, split)
@@ -123,14 +126,6 @@ def _latent_attention_kernel(
         # The scorer has what these leave of 512, which is 120.
         worker_num_regs=[176, 176, 40],
     )
-
-
-@gluon.jit
-def _barriers(number: gl.constexpr, count: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(number):
-        mbarrier.init(barriers.index(i), count=count)
-    return barriers
 
 
 @gluon.jit

@@ -16,23 +16,18 @@ Which pieces a row is cut in depends on its neighbours, and so do its last bits.
 pages) it is cut at its own multiples of ``split``, wherever the parts begin and end.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from whalefall.kernels.device import multiprocessors
 
 PAGE = tl.constexpr(64)
 _LANES = tl.constexpr(32)
 _WARP = 128  # numbers that a warp loads at once, in FP32
 TILE_QUERIES = 64
 """Queries of a row (heads of all draft positions) that share the keys a program has loaded."""
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def parts(queries: int, device: torch.device) -> int:

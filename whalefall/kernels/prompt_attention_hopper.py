@@ -18,7 +18,6 @@ The copy engine does not know where a sequence ends. Scores of the next sequence
 but their values, times a weight of 0, could still be NaN: the loader sets them to 0.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -34,6 +33,8 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from whalefall.kernels import prompt_blocks
+from whalefall.kernels.barriers import barriers
+from whalefall.kernels.device import is_hopper
 from whalefall.kernels.mla_heads import _pairs, _turn
 
 HALF = gl.constexpr(64)  # queries of a warpgroup
@@ -56,9 +57,8 @@ BY_WARP = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0]))
 def takes(q: Tensor, kv: Tensor, k_rope: Tensor) -> bool:
     """Whether the widths are V3's, and the GPU a Hopper."""
     widths = (q.shape[-1], kv.shape[-1], k_rope.shape[-1])
-    return (
-        widths == (NOPE.value + ROPE.value, NOPE.value + VALUES.value, ROPE.value)
-        and torch.cuda.get_device_capability(q.device)[0] == 9
+    return widths == (NOPE.value + ROPE.value, NOPE.value + VALUES.value, ROPE.value) and is_hopper(
+        q.device
     )
 
 
@@ -94,9 +94,9 @@ def _kernel(
     k_nope = gl.allocate_shared_memory(gl.bfloat16, [STAGES, KEYS, NOPE], kv.layout)
     shared = gl.allocate_shared_memory(gl.bfloat16, [STAGES, KEYS, ROPE], k_rope.layout)
     values = gl.allocate_shared_memory(gl.bfloat16, [STAGES, KEYS, VALUES], kv.layout)
-    k_ready, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
-    v_ready, v_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
-    q_ready, tail = _barriers(1, 1).index(0), _barriers(1, 1).index(0)
+    k_ready, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    v_ready, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    q_ready, tail = barriers(1, 1).index(0), barriers(1, 1).index(0)
     fence_async_shared()  # the copy engine must see the barriers, too
 
     own_q = (q_nope, q_rope, q_ready)
@@ -112,14 +112,6 @@ def _kernel(
         # The first role has what these leave of 504, which is 232.
         worker_num_regs=[232, 40],
     )
-
-
-@gluon.jit
-def _barriers(number: gl.constexpr, count: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(number):
-        mbarrier.init(barriers.index(i), count=count)
-    return barriers
 
 
 @gluon.jit

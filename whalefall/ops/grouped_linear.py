@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from whalefall.kernels.device import is_hopper
 from whalefall.ops.function import call
 from whalefall.ops.squares import keep_squares
 
@@ -33,7 +34,7 @@ def grouped_weight_gradient(
 ) -> Float[Tensor, "groups out in"]:
     """grad^T x over the rows of each group; zeros for an empty one."""
     if _has_grouped_gemm(x, grad, grad.shape[1]):
-        if _is_hopper(x):
+        if is_hopper(x.device):
             from whalefall.kernels import grouped_linear as kernel
 
             gradient, squares = kernel.weight_gradient(grad, x, ends)
@@ -81,7 +82,7 @@ class _GroupedLinear(torch.autograd.Function):
 def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x[i] weight[group of i]^T, without a copy of a weight that is a transpose."""
     if _has_grouped_gemm(x, weight, weight.shape[1]):
-        if _is_hopper(x):
+        if is_hopper(x.device):
             from whalefall.kernels import grouped_linear as kernel
 
             return kernel.linear(x, weight, ends)
@@ -100,10 +101,6 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def _has_grouped_gemm(x: Tensor, other: Tensor, out_features: int) -> bool:
     aligned = x.shape[1] % 8 == 0 and out_features % 8 == 0
     return x.is_cuda and x.dtype == other.dtype == torch.bfloat16 and aligned
-
-
-def _is_hopper(x: Tensor) -> bool:
-    return torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def _non_empty(ends: Tensor) -> list[tuple[int, int, int]]:
